@@ -185,6 +185,7 @@ class OptimizerConfig(Section):
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Largest global norm of the gradient; 0 switches clipping off."""
     muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    """Peak rate of Muon."""
     muon_momentum: Fraction = 0.95
 
 
@@ -238,9 +239,6 @@ class RunConfig(Section):
     directory: str
     log_every_steps: Count = 1
     tensorboard: bool = True
-    sample_prompt: str | None = None
-    """Text that is continued at the end of the run; None: no sample."""
-    sample_tokens: Count = 128
 
 
 class Config(Section):
@@ -298,6 +296,12 @@ UNSUPPORTED: tuple[Refusal, ...] = (
         lambda c: c.train.precision == "bf16" and c.zero.stage == 0,
         "DeepSpeed would put another optimizer in the place of the one asked for",
         ("zero.stage=1", "train.precision=bf16_autocast"),
+    ),
+    Refusal(
+        "optimizer.name muon with zero.stage 3",
+        lambda c: c.optimizer.name == "muon" and c.zero.stage == 3,
+        "stage 3 cuts every matrix over all ranks, and Muon needs whole ones",
+        ("zero.stage=2", "optimizer.name=adamw"),
     ),
 )
 """What is refused, in one place; the README shows this table and a test proves every row and every suggestion."""

@@ -1,0 +1,156 @@
+"""Attention over some of the keys, added to a running result: the inner loop of one device and of every rank.
+
+The running result of a query is ``out`` and ``lse`` over the keys so far, in fp32 or wider. Each tile is computed by a
+fused operator and merged into the rows that it covers. The backward goes over the same tiles with the final ``out`` and
+``lse``: these make each tile's probabilities the final ones, so its gradients simply add up.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hydra_dist.attention.backends import resolve
+from hydra_dist.attention.band import Band
+from hydra_dist.attention.merge import merge_into
+from hydra_dist.costs.tiles import Tile
+
+
+@torch.no_grad()
+def attend_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Sequence[Tile],
+    *,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    backend: str = "auto",
+    window: int | None = None,
+    fresh: bool = False,
+) -> None:
+    """Add the attention of ``q`` over ``k`` and ``v``, restricted to ``tiles``, to a running result in place.
+
+    Args:
+        q: [B, Sq, Hq, D].
+        k, v: [B, Sk, Hk, D]; Hq is a multiple of Hk.
+        tiles: from ``hydra_dist.costs.tiles.tiles`` for the rows of q and k.
+        scale: factor on the scores.
+        out: [B, Sq, Hq, D], fp32 or wider; 0 before the first call.
+        lse: [B, Hq, Sq], fp32 or wider; -inf before the first call.
+        backend: ``auto`` or one of ``hydra_dist.attention.backends()``.
+        window: the window that the tiles were made with; masked tiles need it.
+        fresh: ``out`` and ``lse`` are as before the first call. Spares a look at ``lse``; never needed.
+
+    Raises:
+        ConfigError: an unknown backend, or one that does not take the device or dtype.
+    """
+    _check_accumulators(q, out=out, lse=lse)
+    if not tiles or q.numel() == 0 or k.numel() == 0:
+        return
+    chosen = resolve(backend, q.device, q.dtype, q.shape[-1])
+    dtype = chosen.forward_dtype(q.device, q.dtype)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    seen = _Seen()
+    for tile in tiles:
+        batch, rows, keys = _slices(tile)
+        part_out, part_lse = chosen.forward(
+            q[batch, rows], k[batch, keys], v[batch, keys], tile.kind == "causal", _band(tile, window), scale
+        )
+        running_out, running_lse = out[batch, rows], lse[batch, :, rows]
+        untouched = seen.is_first(tile)
+        if untouched and not fresh:
+            # On the CPU a look at lse is cheap; on a GPU it would wait for the device, and merging is right anyway.
+            untouched = not q.is_cuda and bool(running_lse.amax() == -torch.inf)
+        if untouched:
+            running_out.copy_(part_out)
+            running_lse.copy_(part_lse)
+        else:
+            merge_into(running_out, running_lse, part_out, part_lse)
+
+
+@torch.no_grad()
+def attend_tiles_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tiles: Sequence[Tile],
+    *,
+    scale: float,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    backend: str = "auto",
+    window: int | None = None,
+) -> None:
+    """Add the gradients that come from ``tiles`` to running sums in place.
+
+    Args:
+        grad_out: [B, Sq, Hq, D], the gradient of the final ``out``.
+        q, k, v, tiles, scale, backend, window: as in ``attend_tiles``.
+        out, lse: [B, Sq, Hq, D] and [B, Hq, Sq], the final ones over all keys, not just those in ``k``.
+        grad_q: [B, Sq, Hq, D], fp32 or wider.
+        grad_k, grad_v: [B, Sk, Hk, D], fp32 or wider.
+    """
+    _check_accumulators(q, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
+    if not tiles or q.numel() == 0 or k.numel() == 0:
+        return
+    chosen = resolve(backend, q.device, q.dtype, q.shape[-1])
+    dtype = chosen.backward_dtype(q.device, q.dtype)
+    grad_out, q, k, v, out = grad_out.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), out.to(dtype)
+    lse = lse.to(torch.promote_types(dtype, torch.float32))
+    for tile in tiles:
+        batch, rows, keys = _slices(tile)
+        part_q, part_k, part_v = chosen.backward(
+            grad_out[batch, rows],
+            q[batch, rows],
+            k[batch, keys],
+            v[batch, keys],
+            out[batch, rows],
+            lse[batch, :, rows],
+            tile.kind == "causal",
+            _band(tile, window),
+            scale,
+        )
+        grad_q[batch, rows].add_(part_q)
+        grad_k[batch, keys].add_(part_k)
+        grad_v[batch, keys].add_(part_v)
+
+
+class _Seen:
+    """Which rows tiles have covered so far. Exact for tiles that are sorted by row, never too optimistic otherwise."""
+
+    def __init__(self) -> None:
+        self._stop: dict[int | None, int] = {}
+
+    def is_first(self, tile: Tile) -> bool:
+        """Whether no tile before this one covered any of its rows."""
+        stops = self._stop
+        reached = (
+            max(stops.values(), default=0) if tile.batch is None else max(stops.get(tile.batch, 0), stops.get(None, 0))
+        )
+        stops[tile.batch] = max(stops.get(tile.batch, 0), tile.q_stop)
+        return tile.q_start >= reached
+
+
+def _slices(tile: Tile) -> tuple[slice, slice, slice]:
+    batch = slice(None) if tile.batch is None else slice(tile.batch, tile.batch + 1)
+    return batch, slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
+
+
+def _band(tile: Tile, window: int | None) -> Band | None:
+    if tile.kind != "masked":
+        return None
+    return Band(tile.q_stop - tile.q_start, tile.k_stop - tile.k_start, tile.q_position - tile.k_position, window)
+
+
+def _check_accumulators(q: Tensor, **sums: Tensor) -> None:
+    for name, tensor in sums.items():
+        if tensor.dtype.itemsize < 4:
+            raise ValueError(f"{name} is {tensor.dtype}: running results are added up in fp32 or wider")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device} and q on {q.device}")
