@@ -64,7 +64,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One tile, as ``flash.backward``; dk and dv are summed over the heads that share them in fp32."""
     head_dim, num_query_heads, num_key_heads = q.shape[3], q.shape[2], k.shape[2]
-    q, grad_out, out = _prepared(q), _prepared(grad_out), _prepared(out)
+    q, grad_out, out = _prepared(q), _prepared(grad_out), _prepared(out.to(q.dtype))
     k, v = _prepared(k, num_query_heads), _prepared(v, num_query_heads)
     grads = _flash_backward if _takes_flash(q, band) else _efficient_backward
     grad_q, grad_k, grad_v = (

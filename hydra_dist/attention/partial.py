@@ -92,7 +92,8 @@ def attend_tiles_backward(
     Args:
         grad_out: [B, Sq, Hq, D], the gradient of the final ``out``.
         q, k, v, tiles, scale, backend, window: as in ``attend_tiles``.
-        out, lse: [B, Sq, Hq, D] and [B, Hq, Sq], the final ones over all keys, not just those in ``k``.
+        out, lse: [B, Sq, Hq, D] and [B, Hq, Sq], the final ones over all keys, not just those in ``k``. ``out`` may be
+            in the dtype of q, or wider: small tiles in half precision then lose less.
         grad_q: [B, Sq, Hq, D], fp32 or wider.
         grad_k, grad_v: [B, Sk, Hk, D], fp32 or wider.
     """
@@ -101,7 +102,7 @@ def attend_tiles_backward(
         return
     chosen = resolve(backend, q.device, q.dtype, q.shape[-1])
     dtype = chosen.backward_dtype(q.device, q.dtype)
-    grad_out, q, k, v, out = grad_out.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), out.to(dtype)
+    grad_out, q, k, v = grad_out.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)
     lse = lse.to(torch.promote_types(dtype, torch.float32))
     for tile in tiles:
         batch, rows, keys = _slices(tile)

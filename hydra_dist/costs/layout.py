@@ -1,7 +1,7 @@
 """Who holds which rows of a sequence that is spread over ranks, and what that moves between them.
 
-A layout deals the positions of one sequence to the ranks of a context-parallel group. ``contiguous`` gives each rank one
-piece. ``zigzag`` cuts the sequence into two pieces a rank and pairs an early piece with a late one, so that under a
+A layout deals the positions of one sequence to the ranks of a context-parallel group. ``contiguous`` gives each rank
+one piece. ``zigzag`` cuts the sequence into two pieces a rank and pairs an early piece with a late one, so that under a
 causal mask every rank has the same number of (query, key) pairs to compute. Lengths need not divide: pieces then
 differ by one row.
 
@@ -11,6 +11,7 @@ A *chunk* is a half-open range (start, stop) of positions; a rank's rows are its
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hydra_dist.errors import ConfigError, nearest
 
@@ -22,8 +23,9 @@ def chunks(layout: str, sequence_length: int, num_ranks: int) -> list[list[Chunk
     """The chunks of every rank, in ascending order.
 
     Args:
-        layout: ``zigzag`` (with i-th of 2P pieces = [i S // 2P, (i + 1) S // 2P), rank r holds pieces r and 2P - 1 - r) or
-            ``contiguous`` (rank r holds the r-th of P pieces). Pieces of one rank that touch are one chunk.
+        layout: ``zigzag`` (the i-th of 2P pieces is [i S // 2P, (i + 1) S // 2P), and rank r holds the pieces r and
+            2P - 1 - r) or ``contiguous`` (rank r holds the r-th of P pieces). Pieces of one rank that touch are one
+            chunk, so that one rank has one chunk in either layout.
         sequence_length: rows of the whole sequence, S.
         num_ranks: P.
 
@@ -38,7 +40,7 @@ def chunks(layout: str, sequence_length: int, num_ranks: int) -> list[list[Chunk
     if sequence_length < num_pieces:
         raise ConfigError(_too_short(layout, sequence_length, num_ranks, num_pieces))
     edges = [i * sequence_length // num_pieces for i in range(num_pieces + 1)]
-    pieces = list(zip(edges, edges[1:], strict=False))
+    pieces = list(pairwise(edges))
     if num_pieces == num_ranks:
         return [[piece] for piece in pieces]
     return [_joined([pieces[rank], pieces[num_pieces - 1 - rank]]) for rank in range(num_ranks)]
@@ -91,32 +93,44 @@ def halo_sources(all_chunks: Sequence[Sequence[Chunk]], rows: int) -> list[list[
     return sources
 
 
-def ring_reach(
+@dataclass(frozen=True, slots=True)
+class Journey:
+    """The hops around the ring that one rank's keys make: rank (owner + t) % P sees them at hop t.
+
+    ``first`` and ``last`` are the first and the last hop at which some key is needed; both are 0 where no other rank
+    needs any. Ranks in between that need none pass the keys on.
+    """
+
+    first: int
+    last: int
+
+
+def ring_journeys(
     all_chunks: Sequence[Sequence[Chunk]],
     *,
     causal: bool,
     window: int | None = None,
     documents: Sequence[Sequence[int]] | None = None,
-) -> tuple[int, ...]:
-    """How many hops the keys of each rank travel around the ring: as far as the last rank on their way that needs them.
+) -> tuple[Journey, ...]:
+    """How far the keys of each rank travel around the ring: as far as the last rank on their way that needs them.
 
     Args:
         causal, window: the mask, as in ``costs.tiles.tiles``.
         documents: for each batch row the sorted start positions of its documents, or None for one document. Keys travel
             as far as any batch row needs them.
-
-    Returns:
-        reach[o] in 0 .. P - 1: rank (o + t) % P needs some key of rank o for t = reach[o], and for no larger t.
     """
     num_ranks = len(all_chunks)
     first = [[_earliest_start(start, documents) for start, _ in held] for held in all_chunks]
-    reach = []
+    journeys = []
     for owner in range(num_ranks):
-        hops = num_ranks - 1
-        while hops > 0 and not _needs(all_chunks, first, (owner + hops) % num_ranks, owner, causal, window):
-            hops -= 1
-        reach.append(hops)
-    return tuple(reach)
+        needing = (
+            hop
+            for hop in range(1, num_ranks)
+            if _needs(all_chunks, first, (owner + hop) % num_ranks, owner, causal, window)
+        )
+        hops = list(needing) or [0]
+        journeys.append(Journey(hops[0], hops[-1]))
+    return tuple(journeys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +145,7 @@ class RankTraffic:
 
 def ring_traffic(
     all_chunks: Sequence[Sequence[Chunk]],
-    reach: Sequence[int],
+    journeys: Sequence[Journey],
     *,
     batch_size: int,
     num_key_heads: int,
@@ -141,17 +155,19 @@ def ring_traffic(
 ) -> list[RankTraffic]:
     """What each rank sends in one ring attention.
 
-    Keys and values of rank o make reach[o] hops forward, and the same hops again in the backward pass. The gradients of
-    the keys and values that visit travel one hop behind them from the first visited rank on, and from the last one go
-    home: reach[o] messages as well. Without skipped hops that is P - 1 messages a rank forward and 2 (P - 1) backward.
+    Keys and values make the hops of their journey forward, and the same hops again in the backward pass. Their
+    gradients follow them one hop behind, from the first rank that needed the keys on, and the last one sends them home.
+    Where all ranks need all keys that is P - 1 messages a rank forward and 2 (P - 1) backward.
     """
     num_ranks, held = len(all_chunks), lengths(all_chunks)
     row_values = 2 * batch_size * num_key_heads * head_dim
     traffic = []
     for rank in range(num_ranks):
         owners = [(rank - hop) % num_ranks for hop in range(num_ranks)]
-        keys = [held[owner] for hop, owner in enumerate(owners) if reach[owner] > hop]
-        gradients = [held[owner] for hop, owner in enumerate(owners) if 0 < hop <= reach[owner]]
+        keys = [held[owner] for hop, owner in enumerate(owners) if journeys[owner].last > hop]
+        gradients = [
+            held[owner] for hop, owner in enumerate(owners) if 0 < journeys[owner].first <= hop <= journeys[owner].last
+        ]
         key_bytes = sum(keys) * row_values * element_bytes
         gradient_bytes = sum(gradients) * row_values * accumulator_bytes
         traffic.append(RankTraffic(key_bytes, len(keys), key_bytes + gradient_bytes, len(keys) + len(gradients)))
@@ -214,8 +230,11 @@ def _needs(
     causal: bool,
     window: int | None,
 ) -> bool:
-    """Whether a query of ``rank`` sees a key of ``owner``. It is enough to look at the rows of two chunks that face each
-    other, because documents are runs of positions."""
+    """Whether a query of ``rank`` sees a key of ``owner``.
+
+    It is enough to look at the rows of two chunks that face each other, because documents are runs of positions.
+    ``first`` says for each chunk where the document of its first row begins.
+    """
     for (q_start, q_stop), q_first in zip(all_chunks[rank], first[rank], strict=True):
         for (k_start, k_stop), k_first in zip(all_chunks[owner], first[owner], strict=True):
             if k_start < q_start:

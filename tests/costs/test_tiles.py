@@ -1,0 +1,210 @@
+"""Tiles cover what the mask allows, each pair once, and nothing else."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydra_dist.costs import tiles as tiling
+from hydra_dist.costs.tiles import Span, Tile, executed_pairs, needed_pairs, tiles
+
+
+def positions_of(spans):
+    rows = np.full(max(span.row_stop for span in spans), -1)
+    for span in spans:
+        rows[span.row_start : span.row_stop] = np.arange(span.position, span.stop)
+    return rows
+
+
+def brute_force(q_spans, k_spans, causal, window, documents, batch_size):
+    """bool [B, Sq, Sk] from the definition, pair by pair of positions."""
+    q, k = positions_of(q_spans)[:, None], positions_of(k_spans)[None, :]
+    allowed = np.ones((batch_size, q.shape[0], k.shape[1]), dtype=bool)
+    if causal:
+        allowed &= k <= q
+    if window is not None:
+        allowed &= (k <= q) & (q - k < window)
+    for batch, starts in enumerate(documents or []):
+        allowed[batch] &= np.searchsorted(starts, q, "right") == np.searchsorted(starts, k, "right")
+    return allowed
+
+
+def count_covered(found, q_spans, k_spans, window, batch_size):
+    """How many tiles compute each pair, int [B, Sq, Sk]; checks each tile's own promises on the way."""
+    q_positions, k_positions = positions_of(q_spans), positions_of(k_spans)
+    counts = np.zeros((batch_size, len(q_positions), len(k_positions)), dtype=int)
+    for tile in found:
+        shape = (tile.q_stop - tile.q_start, tile.k_stop - tile.k_start)
+        distance = q_positions[tile.q_start : tile.q_stop, None] - k_positions[None, tile.k_start : tile.k_stop]
+        assert tile.q_position == q_positions[tile.q_start]
+        assert tile.k_position == k_positions[tile.k_start]
+        if tile.kind == "full":
+            seen = np.ones(shape, dtype=bool)
+        elif tile.kind == "causal":
+            assert shape[0] == shape[1]
+            seen = np.tril(np.ones(shape, dtype=bool))
+        else:
+            apart = tile.q_position - tile.k_position + np.arange(shape[0])[:, None] - np.arange(shape[1])
+            assert (apart == distance).all()
+            seen = (apart >= 0) & (apart < window)
+            assert not seen.all()
+        assert seen.any(axis=1).all(), f"a query of {tile} sees no key of it"
+        rows = slice(None) if tile.batch is None else tile.batch
+        counts[rows, tile.q_start : tile.q_stop, tile.k_start : tile.k_stop] += seen
+    return counts
+
+
+def covers(q_spans, k_spans, causal, window, documents, batch_size, found=None, tiles_window=None):
+    if found is None:
+        found = tiles(q_spans, k_spans, causal=causal, window=window, documents=documents)
+    counts = count_covered(found, q_spans, k_spans, tiles_window or window, batch_size)
+    allowed = brute_force(q_spans, k_spans, causal, window, documents, batch_size)
+    return counts.shape == allowed.shape and (counts == allowed).all()
+
+
+def spans_of(pieces):
+    """Lay pieces (start, stop) of a sequence side by side in rows."""
+    spans, row = [], 0
+    for start, stop in pieces:
+        spans.append(Span(row, row + stop - start, start))
+        row += stop - start
+    return spans
+
+
+@st.composite
+def some_pieces(draw, length):
+    """Some of the pieces that a few cuts make of a sequence, as a rank of any layout may hold them."""
+    cuts = sorted(draw(st.sets(st.integers(1, length - 1), max_size=4))) if length > 1 else []
+    edges = [0, *cuts, length]
+    pieces = list(itertools.pairwise(edges))
+    chosen = draw(st.sets(st.sampled_from(pieces), min_size=1))
+    return spans_of(sorted(chosen))
+
+
+@st.composite
+def problems(draw, longest):
+    length = draw(st.integers(1, longest))
+    batch_size = draw(st.integers(1, 3))
+    starts = st.sets(st.integers(1, length), max_size=6).map(lambda s: [0, *sorted(s)])
+    documents = draw(st.none() | st.lists(starts, min_size=batch_size, max_size=batch_size))
+    window = draw(st.none() | st.integers(1, length + 3))
+    return draw(some_pieces(length)), draw(some_pieces(length)), draw(st.booleans()), window, documents, batch_size
+
+
+@pytest.fixture(params=["as shipped", "tiny"])
+def block_sizes(request):
+    """Tiny blocks bring all the cases of a window into short sequences."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "tiny":
+            patch.setattr(tiling, "SMALLEST_BLOCK", 2)
+            patch.setattr(tiling, "LARGEST_BLOCK", 8)
+            patch.setattr(tiling, "WIDEST_MASK", 12)
+        yield
+
+
+def test_every_allowed_pair_exactly_once(block_sizes):
+    @settings(max_examples=300, deadline=None)
+    @given(problems(longest=48))
+    def check(problem):
+        assert covers(*problem)
+
+    check()
+
+
+@pytest.mark.parametrize("window", [1, 63, 64, 65, 255, 300, 900, 1200, 1600])
+def test_long_windows_with_the_shipped_blocks(window):
+    spans = spans_of([(0, 700), (900, 1500)])
+    assert covers(spans, spans_of([(0, 1500)]), True, window, None, 1)
+    assert covers(spans, spans, True, window, [[0, 100, 101, 1300]], 1)
+
+
+def test_the_checks_above_reject_wrong_tiles():
+    spans = [Span(0, 40, 0)]
+    problem = (spans, spans, True, 5, [[0, 10]], 1)
+    assert covers(*problem)
+
+    def wrong(**change):
+        return tiles(spans, spans, **{"causal": True, "window": 5, "documents": [[0, 10]], **change})
+
+    assert not covers(*problem, found=wrong(window=6), tiles_window=6)
+    assert not covers(*problem, found=wrong(window=4), tiles_window=4)
+    assert not covers(*problem, found=wrong(documents=None))
+    assert not covers(*problem, found=wrong(documents=[[0, 11]]))
+    assert not covers(*problem, found=wrong() + wrong()[:1])
+    assert not covers(spans, spans, True, None, None, 1, found=wrong(causal=False, window=None, documents=None))
+
+
+def test_kinds_of_the_zigzag_ring():
+    """Two chunks a rank, as on ranks 0 and 1 of 2: one full tile for each hop, and no mask anywhere."""
+    rank_0, rank_1 = spans_of([(0, 8), (24, 32)]), spans_of([(8, 16), (16, 24)])
+
+    def shapes(q, k):
+        found = tiles(q, k, causal=True, window=None, documents=None)
+        return [(tile.kind, tile.q_start, tile.q_stop, tile.k_start, tile.k_stop) for tile in found]
+
+    own = [("causal", 0, 8, 0, 8), ("full", 8, 16, 0, 8), ("causal", 8, 16, 8, 16)]
+    assert shapes(rank_0, rank_0) == own
+    assert shapes(rank_1, rank_0) == [("full", 0, 16, 0, 8)]
+    assert shapes(rank_0, rank_1) == [("full", 8, 16, 0, 16)]
+
+
+def test_keys_before_and_after_the_queries():
+    early, late = spans_of([(0, 10)]), spans_of([(10, 20)])
+    assert [tile.kind for tile in tiles(late, early, causal=True, window=None, documents=None)] == ["full"]
+    assert tiles(early, late, causal=True, window=None, documents=None) == ()
+    assert tiles(early, late, causal=False, window=None, documents=None) == (Tile(None, 0, 10, 0, 10, "full", 0, 10),)
+    assert tiles(late, early, causal=True, window=1, documents=None) == ()
+    assert tiles(late, early, causal=True, window=None, documents=[[0, 10]]) == ()
+    assert tiles([], early, causal=True, window=None, documents=None) == ()
+    assert tiles([Span(0, 0, 0)], early, causal=False, window=None, documents=None) == ()
+
+
+def test_batch_rows_share_tiles_where_they_agree():
+    spans = spans_of([(0, 12)])
+    same = tiles(spans, spans, causal=True, window=None, documents=[[0, 5], [0, 5]])
+    assert {tile.batch for tile in same} == {None}
+    different = tiles(spans, spans, causal=True, window=None, documents=[[0, 5], [0]])
+    assert [tile.batch for tile in different] == [0, 0, 1]
+    assert executed_pairs(same, batch_size=2) == 2 * (15 + 28)
+    assert executed_pairs(different, batch_size=2) == 15 + 28 + 78
+
+
+def test_pairs_are_counted(block_sizes):
+    @settings(max_examples=100, deadline=None)
+    @given(problems(longest=40))
+    def check(problem):
+        q_spans, k_spans, causal, window, documents, batch_size = problem
+        found = tiles(q_spans, k_spans, causal=causal, window=window, documents=documents)
+        needed = int(brute_force(*problem).sum())
+        assert needed_pairs(found, window, batch_size) == needed
+        assert executed_pairs(found, batch_size) >= needed
+
+    check()
+
+
+@pytest.mark.parametrize("window", [16, 256, 2048])
+def test_work_and_calls_grow_with_sequence_times_window(window):
+    def cost(length):
+        spans = [Span(0, length, 0)]
+        found = tiles(spans, spans, causal=True, window=window, documents=None)
+        assert executed_pairs(found) <= length * (window + 2 * tiling.LARGEST_BLOCK)
+        assert all(tile.pairs <= tiling.LARGEST_BLOCK * tiling.WIDEST_MASK for tile in found if tile.kind == "masked")
+        return executed_pairs(found), len(found)
+
+    (short_pairs, short_count), (long_pairs, long_count) = cost(16384), cost(65536)
+    assert long_pairs < 4.6 * short_pairs
+    assert long_count <= 4.6 * short_count
+
+
+def test_a_window_sees_at_least_the_query_itself():
+    with pytest.raises(ValueError, match="smallest window is 1"):
+        tiles([Span(0, 4, 0)], [Span(0, 4, 0)], causal=True, window=0, documents=None)
+
+
+def test_costs_import_no_torch():
+    code = "import sys, hydra_dist.costs.tiles; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
