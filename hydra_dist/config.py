@@ -264,11 +264,6 @@ class Config(Section):
                 f"context.size {self.context.size} with layout {self.context.layout} cuts it into; "
                 f"data.sequence_length {pieces} or more works"
             )
-        if self.schedule.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"schedule.warmup_steps {self.schedule.warmup_steps} is more than train.steps {self.train.steps}; "
-                f"schedule.warmup_steps {self.train.steps // 10} works"
-            )
         for refusal in UNSUPPORTED:
             if refusal.applies(self):
                 raise ValueError(refusal.message())

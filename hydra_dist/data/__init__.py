@@ -1,7 +1,7 @@
 """Tokenizing, packing, and a sampler that depends only on (seed, step).
 
-``prepare`` turns documents into memory-mapped shards, ``Dataset`` opens one split of them, ``Sampler`` and ``EvalRows``
-deal its rows. The names that need torch are imported when they are first used.
+``prepare`` turns documents into memory-mapped shards, ``Dataset`` opens one split of them, ``Sampler`` deals its
+rows. The names that need torch are imported when they are first used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,19 +14,17 @@ from hydra_dist.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer,
 
 if TYPE_CHECKING:
     from hydra_dist.data.batch import Batch
-    from hydra_dist.data.sampler import EvalRows, Sampler, eval_rows
+    from hydra_dist.data.sampler import Sampler
 
 __all__ = [
     "Batch",
     "Dataset",
-    "EvalRows",
     "Manifest",
     "Prepared",
     "Sampler",
     "Tokenizer",
     "byte_tokenizer",
     "check_vocabulary",
-    "eval_rows",
     "load_tokenizer",
     "prepare",
     "prepare_command",
@@ -39,8 +37,8 @@ def __getattr__(name: str) -> Any:
         from hydra_dist.data.batch import Batch
 
         return Batch
-    if name in ("EvalRows", "Sampler", "eval_rows"):
-        from hydra_dist.data import sampler
+    if name == "Sampler":
+        from hydra_dist.data.sampler import Sampler
 
-        return getattr(sampler, name)
+        return Sampler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,13 +23,18 @@ class Batch:
             crosses into the next one, and at padding.
         document_starts: [B, S] int64, the position within the row of the first token of each token's document; 0 for
             a document that began in an earlier row.
-        text_bytes: [B] int64, bytes of text of the row's targets: what a row's loss is divided by for bits per byte.
+        row_text_bytes: [B] int64, bytes of text of each row's targets: what its loss is divided by for bits per byte.
     """
 
     tokens: Tensor
     targets: Tensor
     document_starts: Tensor
-    text_bytes: Tensor
+    row_text_bytes: Tensor
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of text of all targets of the batch."""
+        return int(self.row_text_bytes.sum())
 
 
 def pack_rows(dataset: Dataset, starts: Sequence[int], sequence_length: int) -> Batch:

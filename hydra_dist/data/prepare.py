@@ -10,15 +10,14 @@ reads the inputs again, passes over the documents that lie in finished shards, a
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from hydra_dist.data.documents import Document, eval_share, is_held_out, shuffle_key
+from hydra_dist.data.encoding import blocks, encode_documents
 from hydra_dist.data.files import output_errors, write_atomic
 from hydra_dist.data.fingerprint import take_fingerprint
 from hydra_dist.data.journal import PROGRESS, Journal, exclusive
@@ -50,7 +49,6 @@ SHARD_TOKENS = 1 << 26
 SHUFFLE_BYTES = 1 << 28
 TOKENIZER_BYTES = 1 << 29
 """A tokenizer is trained on at most this much text; of a larger corpus, on the documents that a hash picks."""
-_BATCH_BYTES = 1 << 22
 
 ProgressFunction = Callable[[str, int, int], None]
 """Called with the phase, and the bytes done and in total, as often as is useful for a display."""
@@ -159,8 +157,8 @@ class _Run:
 
     def write(self, tokenizer_spec: str) -> Manifest:
         tokenizer, record = self._tokenizer(tokenizer_spec)
-        blocks = _blocks(self._documents("tokenizing", self.skips), self.settings.shuffle_bytes)
-        for number, block in enumerate(blocks):
+        stream = blocks(self._documents("tokenizing", self.skips), self.settings.shuffle_bytes)
+        for number, block in enumerate(stream):
             for split in SPLITS:
                 documents = [d for d in block if is_held_out(d.name, self.share) == (split == "eval")]
                 documents.sort(key=lambda d: shuffle_key(d.name, self.settings.seed))
@@ -232,7 +230,7 @@ class _Run:
     def _write_split(self, split: str, block: int, documents: list[Document], tokenizer: Tokenizer) -> None:
         writer: ShardWriter | None = None
         try:
-            for document, ids, token_bytes in _encode(documents, tokenizer):
+            for document, ids, token_bytes in encode_documents(documents, tokenizer):
                 with output_errors(self.output):
                     if writer is None:
                         writer = ShardWriter(
@@ -272,38 +270,3 @@ class _Run:
             f"--input {names}: empty, no document with text in it ({self.skips.empty} empty{skipped}); "
             f"name other files, or stdlib for the built-in corpus"
         )
-
-
-def _blocks(documents: Iterable[Document], shuffle_bytes: int) -> Iterator[list[Document]]:
-    block: list[Document] = []
-    size = 0
-    for document in documents:
-        block.append(document)
-        size += document.text_bytes
-        if size >= shuffle_bytes:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
-def _encode(
-    documents: Sequence[Document], tokenizer: Tokenizer
-) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
-    """Each document with its ids, special tokens included, and the bytes of each where the ids do not tell them."""
-    for batch in _blocks(documents, _BATCH_BYTES):
-        texts = [document.text for document in batch]
-        if tokenizer.is_byte_level:
-            lengths = tokenizer.token_bytes
-            for document, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
-                if int(lengths[ids].sum()) != document.text_bytes:
-                    raise ValueError(f"{document.name}: its tokens' bytes are not its text's {document.text_bytes}")
-                yield document, _enclose(ids, tokenizer.begin_id, tokenizer.end_id), None
-        else:
-            for document, (ids, counts) in zip(batch, tokenizer.encode_batch_with_bytes(texts), strict=True):
-                rest = document.text_bytes - int(counts.sum())  # of a text without any token; <|end|> carries it
-                yield document, _enclose(ids, tokenizer.begin_id, tokenizer.end_id), _enclose(counts, 0, rest)
-
-
-def _enclose(values: np.ndarray, first: int, last: int) -> np.ndarray:
-    return np.concatenate([[first], values, [last]])

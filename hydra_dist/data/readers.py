@@ -75,7 +75,9 @@ def _read_whole(file: SourceFile, skips: Skips) -> Iterator[tuple[str, str]]:
         text = data.decode(encoding)
         text.encode()  # utf-7 and its like can carry lone surrogates
     except UnicodeError as error:
-        at = f"at byte {error.start} ({error.reason})" if isinstance(error, UnicodeDecodeError) else f"({error})"
+        at = (
+            f"at byte {_byte_of(error, data)} ({error.reason})" if isinstance(error, UnicodeDecodeError) else str(error)
+        )
         name = encoding.removesuffix("-sig").upper()
         skips.undecodable_at(file, "", f"not {name} {at}")
         return
@@ -85,31 +87,33 @@ def _read_whole(file: SourceFile, skips: Skips) -> Iterator[tuple[str, str]]:
     yield file.name, text
 
 
+def _byte_of(error: UnicodeDecodeError, data: bytes) -> int:
+    """Where decoding stopped; the codec does not count the byte order mark that it took off."""
+    return len(data) - len(error.object) + error.start
+
+
 def _read_jsonl(file: SourceFile, field: str, skips: Skips) -> Iterator[tuple[str, str]]:
     offset = 0
     with file.path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             start, offset = offset, offset + len(line)
-            line_place = f"line {number}: "
+            place = f"line {number}: "
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                row = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
                 text = _field_of(row, field, f"{file.path}: line {number}")
                 text.encode()
             except UnicodeDecodeError as error:
-                skips.undecodable_at(
-                    file, line_place, f"not UTF-8 at byte {start + error.start} of the file ({error.reason})"
-                )
+                at = start + _byte_of(error, line.rstrip(b"\r\n"))
+                skips.undecodable_at(file, place, f"not UTF-8 at byte {at} of the file ({error.reason})")
                 continue
             except UnicodeEncodeError:
-                skips.undecodable_at(
-                    file, line_place, f"field {field!r} holds half of a surrogate pair, which is no character"
-                )
+                skips.undecodable_at(file, place, f"field {field!r} holds half a surrogate pair, which is no character")
                 continue
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                skips.undecodable_at(file, line_place, f"not JSON ({reason})")
+            except (ValueError, RecursionError) as error:  # ValueError also for a number of too many digits
+                reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                skips.undecodable_at(file, place, f"not JSON ({reason})")
                 continue
             yield f"{file.name}:{number}", text
 
@@ -139,7 +143,9 @@ def _read_parquet(file: SourceFile, field: str, skips: Skips) -> Iterator[tuple[
 
     try:
         table = pyarrow.parquet.ParquetFile(file.path)
-    except pyarrow.ArrowInvalid as error:
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
         raise RunError(f"{file.path}: not a Parquet file, or a truncated one ({error})") from error
     with table:
         _check_column(table.schema_arrow, field, file)
@@ -154,8 +160,8 @@ def _read_parquet(file: SourceFile, field: str, skips: Skips) -> Iterator[tuple[
                         reason = f"not UTF-8 at byte {error.start} of the text ({error.reason})"
                         skips.undecodable_at(file, f"row {row}: ", reason)
                     row += 1
-        except pyarrow.ArrowException as error:
-            raise RunError(f"{file.path}: damaged at or behind row {row} ({error})") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            raise RunError(f"{file.path}: damaged at or behind row {row} ({str(error).strip()})") from error
 
 
 def _check_column(schema: Any, field: str, file: SourceFile) -> None:

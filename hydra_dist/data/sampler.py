@@ -6,7 +6,7 @@ anywhere, go on with other ranks, and read the same tokens. Evaluation reads the
 so that every held-out token is scored exactly once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 from hydra_dist.data.batch import Batch, pack_rows
@@ -16,22 +16,25 @@ from hydra_dist.errors import ConfigError
 
 
 class Sampler:
-    """Training rows as a function of (seed, step, row).
+    """Rows of one split: for training as a function of (seed, step, row), for evaluation in order.
 
     Args:
         sequence_length: tokens a row, S.
 
     Attributes:
-        num_rows: rows an epoch; the up to S tokens behind the last whole row are not trained on.
+        num_rows: whole rows, an epoch of training; the up to S tokens behind the last are not trained on.
+        num_eval_rows: rows that hold every target of the split; the last may be padded.
 
     Raises:
-        ConfigError: the split holds no row of this length; names the longest that works.
+        ConfigError: the training split holds no row of this length; names the longest that works. (A held-out split
+            that is shorter is scored as one padded row.)
     """
 
     def __init__(self, dataset: Dataset, sequence_length: int, seed: int):
-        _check_length(sequence_length)
         longest = dataset.num_tokens - 1
-        if sequence_length > longest:
+        if sequence_length < 1:
+            raise ConfigError(f"sequence_length {sequence_length} is not a number of tokens; {longest} or fewer works")
+        if sequence_length > longest and dataset.split != "eval":
             raise ConfigError(
                 f"sequence_length {sequence_length} is longer than the {dataset.split} split of {dataset.directory} "
                 f"({dataset.num_tokens} tokens; a row needs one more than it is long); at most {longest} works"
@@ -40,6 +43,7 @@ class Sampler:
         self.sequence_length = sequence_length
         self.seed = seed
         self.num_rows = longest // sequence_length
+        self.num_eval_rows = -(-longest // sequence_length)
         self._permutation = lru_cache(maxsize=2)(lambda epoch: Permutation(self.num_rows, seed, epoch))
 
     def row_of(self, global_row: int) -> tuple[int, int]:
@@ -58,42 +62,11 @@ class Sampler:
         starts = [self.row_of(step * rows_per_step + row)[1] * self.sequence_length for row in rows]
         return pack_rows(self.dataset, starts, self.sequence_length)
 
+    def eval_batch(self, rows: Sequence[int]) -> Batch:
+        """The given rows in stream order, of which 0..num_eval_rows-1 hold every target of the split exactly once.
 
-class EvalRows:
-    """Held-out rows in order.
-
-    Attributes:
-        num_rows: of which the last may be partial (padded); a ``sequence_length`` beyond the split gives one row.
-    """
-
-    def __init__(self, dataset: Dataset, sequence_length: int):
-        _check_length(sequence_length)
-        self.dataset = dataset
-        self.sequence_length = sequence_length
-        self.num_rows = -(-(dataset.num_tokens - 1) // sequence_length)
-
-    def batch(self, rows: Sequence[int]) -> Batch:
-        """The given rows; a row at or beyond ``num_rows`` is padding alone, so that ranks can be given equally many."""
+        A row beyond them is padding alone, without a target, so that ranks can be given equally many rows.
+        """
         if any(row < 0 for row in rows):
             raise ValueError(f"rows {list(rows)}: rows start at 0")
         return pack_rows(self.dataset, [row * self.sequence_length for row in rows], self.sequence_length)
-
-
-def eval_rows(
-    dataset: Dataset, sequence_length: int, rows_per_batch: int = 1, *, rank: int = 0, num_ranks: int = 1
-) -> Iterator[Batch]:
-    """All held-out rows in order, as batches dealt round robin to ``num_ranks`` data ranks.
-
-    Every rank gets the same number of batches of ``rows_per_batch`` rows, those beyond the end being padding; over all
-    ranks every target comes exactly once.
-    """
-    rows = EvalRows(dataset, sequence_length)
-    stride = rows_per_batch * num_ranks
-    for first in range(0, rows.num_rows, stride):
-        start = first + rank * rows_per_batch
-        yield rows.batch(range(start, start + rows_per_batch))
-
-
-def _check_length(sequence_length: int) -> None:
-    if sequence_length < 1:
-        raise ConfigError(f"sequence_length {sequence_length} is not a number of tokens; 1 or more works")

@@ -21,7 +21,7 @@ from hydra_dist.data.manifest import (
     ShardRecord,
     read_record,
 )
-from hydra_dist.data.tokenizer import Tokenizer, tokenizer_from_json
+from hydra_dist.data.tokenizer import Tokenizer, load_tokenizer
 from hydra_dist.data.writer import token_dtype
 from hydra_dist.errors import ConfigError, RunError, nearest
 
@@ -79,12 +79,21 @@ class Dataset:
         if verify:
             self.verify()
 
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizers JSON file that the data was written with."""
+        return self.directory / self.manifest.tokenizer.file.name
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """sha256 of that file, as the manifest has it."""
+        return self.manifest.tokenizer.file.sha256
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the data was written with, checked against the manifest."""
-        path = self.directory / self.manifest.tokenizer.file.name
         self._check_sum(self.manifest.tokenizer.file)
-        return tokenizer_from_json(path.read_text(encoding="utf-8"), str(path))
+        return load_tokenizer(self.tokenizer_path)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Token ids of positions start..stop-1, int64; a copy.
@@ -92,7 +101,7 @@ class Dataset:
         Raises:
             RunError: an id beyond the vocabulary; names the shard.
         """
-        out = np.empty(stop - start, dtype=np.int64)
+        out = self._room(start, stop)
         for shard, at, a, b in self._parts(start, stop):
             part = shard.tokens[a:b]
             if part.size and int(part.max()) >= self.vocab_size:
@@ -102,7 +111,7 @@ class Dataset:
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """For positions start..stop-1, the position of the first token of each one's document, int64."""
-        out = np.empty(stop - start, dtype=np.int64)
+        out = self._room(start, stop)
         for shard, at, a, b in self._parts(start, stop):
             first = int(np.searchsorted(shard.index, a, side="right")) - 1
             last = int(np.searchsorted(shard.index, b, side="left"))
@@ -116,7 +125,7 @@ class Dataset:
         """Bytes of text that the tokens at positions start..stop-1 stand for, int64; 0 for special tokens."""
         if self.manifest.tokenizer.byte_level:
             return self._vocabulary_bytes[self.tokens(start, stop)]
-        out = np.empty(stop - start, dtype=np.int64)
+        out = self._room(start, stop)
         for shard, at, a, b in self._parts(start, stop):
             assert shard.token_bytes is not None, "checked when the shard was opened"
             out[at : at + b - a] = shard.token_bytes[a:b]
@@ -143,10 +152,13 @@ class Dataset:
     def _vocabulary_bytes(self) -> np.ndarray:
         return self.tokenizer.token_bytes.astype(np.int64)
 
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[_Shard, int, int, int]]:
-        """(shard, offset in the result, first and last+1 token in the shard) of the shards that a range touches."""
+    def _room(self, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"{start}..{stop} is not within 0..{self.num_tokens}")
+        return np.empty(stop - start, dtype=np.int64)
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[_Shard, int, int, int]]:
+        """(shard, offset in the result, first and last+1 token in the shard) of the shards that a range touches."""
         number = bisect_right(self._starts, start) - 1
         at = start
         while at < stop:
@@ -208,8 +220,8 @@ class Dataset:
 
     def _beyond_vocabulary(self, shard: _Shard, position: int) -> str:
         return (
-            f"{self.directory / shard.record.data.name}: token id {int(shard.tokens[position])} at {position} is beyond "
-            f"the vocabulary of {self.vocab_size}; {self._remedy}"
+            f"{self.directory / shard.record.data.name}: token id {int(shard.tokens[position])} at {position} "
+            f"is beyond the vocabulary of {self.vocab_size}; {self._remedy}"
         )
 
     def _documents_of_all(self) -> int:

@@ -138,9 +138,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int64 [tokens], without ``<|begin|>`` and ``<|end|>``; on all cores."""
         pieces = [list(_pieces(text)) for text in texts]
-        flat = [piece for parts in pieces for piece in parts]
-        ids = iter([np.array(e.ids, np.int64) for e in self.pipeline.encode_batch_fast(flat, add_special_tokens=False)])
-        return [np.concatenate([next(ids) for _ in parts]) for parts in pieces]
+        encodings = iter(
+            self.pipeline.encode_batch_fast([part for parts in pieces for part in parts], add_special_tokens=False)
+        )
+        return [np.concatenate([_ids(next(encodings)) for _ in parts]) for parts in pieces]
 
     def encode_batch_with_bytes(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Like ``encode_batch``, each with the bytes of text that each token stands for, int64 [tokens].
@@ -148,16 +149,14 @@ class Tokenizer:
         A token is given the bytes from the end of what earlier tokens cover to its own end, and the last token of a
         text what is left, so the bytes of a text's tokens always add up to the text (unless it has no token at all).
         """
+        pieces = [list(_pieces(text)) for text in texts]
+        encodings = iter(
+            self.pipeline.encode_batch([part for parts in pieces for part in parts], add_special_tokens=False)
+        )
         result = []
-        for text in texts:
-            pieces = list(_pieces(text))
-            parts = []
-            for piece, encoding in zip(
-                pieces, self.pipeline.encode_batch(pieces, add_special_tokens=False), strict=True
-            ):
-                ends = np.array([stop for _, stop in encoding.offsets], dtype=np.int64)
-                parts.append((np.array(encoding.ids, dtype=np.int64), _covered_bytes(piece, ends)))
-            result.append((np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])))
+        for parts in pieces:
+            done = [(e := next(encodings), _covered_bytes(part, e)) for part in parts]
+            result.append((np.concatenate([_ids(e) for e, _ in done]), np.concatenate([counts for _, counts in done])))
         return result
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -278,8 +277,13 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _covered_bytes(text: str, ends: np.ndarray) -> np.ndarray:
-    """Bytes of text newly covered by each token, given the characters at which tokens end; sums to all of ``text``."""
+def _ids(encoding: tokenizers.Encoding) -> np.ndarray:
+    return np.array(encoding.ids, dtype=np.int64)
+
+
+def _covered_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
+    """Bytes of text newly covered by each token, from the characters at which tokens end; sums to all of ``text``."""
+    ends = np.array([stop for _, stop in encoding.offsets], dtype=np.int64)
     if not len(ends):
         return ends
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)

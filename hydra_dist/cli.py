@@ -1,0 +1,118 @@
+"""``hydra-dist``: the commands a person types. Each is a few lines over the package that does the work.
+
+Heavy imports stand inside the commands, so that ``hydra-dist --help`` and questions that need no torch start at once.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hydra_dist.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare and look at training data.")
+app.add_typer(data_app, name="data")
+
+ConfigPath = Annotated[str, typer.Argument(help="YAML file, such as configs/quickstart.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...")]
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(help="How many processes torchrun will start.")] = 1,
+) -> None:
+    """Find every mistake that can be known before a process is started."""
+    from hydra_dist.config_file import load_config
+    from hydra_dist.train.mesh import choose_device
+    from hydra_dist.train.preflight import preflight
+
+    loaded = load_config(config, overrides or [])
+    choose_device(loaded.train.device)
+    prepared = preflight(loaded, config, processes, verify_data=True)
+    done = f"goes on after step {prepared.resume_step}" if prepared.resume_from else "starts new"
+    print(
+        f"{config}: good. {prepared.data_size} data x {loaded.context.size} context ranks; "
+        f"{prepared.train.num_rows:,} rows of {loaded.data.sequence_length:,} tokens; {done} in {loaded.run.directory}"
+    )
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    processes: Annotated[int | None, typer.Option(help="Default: one per GPU, or context.size on a CPU.")] = None,
+) -> None:
+    """Check the configuration, then train on this machine through torchrun."""
+    import torch
+
+    from hydra_dist.config_file import load_config
+
+    loaded = load_config(config, overrides or [])
+    gpus = torch.cuda.device_count() if loaded.train.device != "cpu" else 0
+    count = processes or gpus or loaded.context.size
+    check(config, overrides, count)
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command += ["-m", "hydra_dist.train", config, *(overrides or [])]
+    raise SystemExit(subprocess.run(command, env=environment, check=False).returncode)
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Keep the likeliest tokens up to this mass.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Continue a text with the newest checkpoint of a run."""
+    from hydra_dist.train.sample import sample
+
+    print(sample(run, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed, device=device))
+
+
+@data_app.command()
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Option("--input", help='Text file, folder, .jsonl or .parquet; "stdlib" is the built-in corpus.'),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help="byte, train:N (N entries), or a tokenizers FILE.json")] = "train:8192",
+    field: Annotated[str, typer.Option(help="Field of JSONL and Parquet rows that holds the text.")] = "text",
+    eval_fraction: Annotated[float, typer.Option(min=0, max=0.5, help="Share of documents held out.")] = 1 / 32,
+    skip_undecodable: Annotated[bool, typer.Option(help="Count and leave out files that are not UTF-8.")] = False,
+) -> None:
+    """Tokenize text into memory-mapped shards; started again after an interruption, it goes on."""
+    from hydra_dist.data import prepare_command
+
+    prepare_command(
+        inputs,
+        output,
+        tokenizer,
+        field=field,
+        eval_fraction=eval_fraction,
+        skip_undecodable=skip_undecodable,
+    )
+
+
+def main() -> None:
+    """The console script: a user's mistake is one message and exit code 2 (1 where the run failed)."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The halo: the rows before each local chunk, which a causal convolution or a value shift reads.
+
+Under any layout a chunk's predecessor is held by another rank, or by this one elsewhere. The rows of all tensors that
+are asked for go in one message to each peer. The backward pass sends the gradients along the same ways back, and adds
+them to the rows they came from.
+
+A halo belongs to the chunk's first row: what lies outside of that row's document, or before the sequence, reads as zero
+and receives no gradient. (A convolution masks again where a later document begins within its reach.)
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hydra_dist.context.geometry import HaloMap
+from hydra_dist.context.transport import Direction, Transport
+
+
+class HaloExchange:
+    """Halos of some tensors over the ranks of one group.
+
+    Args:
+        transport: to the ranks that share the sequence.
+        maps: which rows go where, for each tensor.
+        inside: for each tensor [B, chunks, rows] bool, the slots that lie in the document of the chunk's first row;
+            None where all of them do.
+    """
+
+    def __init__(self, transport: Transport, maps: Sequence[HaloMap], inside: Sequence[Tensor | None]) -> None:
+        self.transport = transport
+        self.maps = maps
+        self.inside = inside
+
+    def gather(self, tensors: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """[B, S_local, C] -> [B, chunks, rows, C] for each tensor; ``shapes`` are (chunks, rows)."""
+        rows = [x.index_select(1, halo_map.touched) for x, halo_map in zip(tensors, self.maps, strict=True)]
+        gives = [halo_map.give for halo_map in self.maps]
+        takes = [halo_map.take for halo_map in self.maps]
+        received = self._move(rows, gives, takes, "forward")
+        halos = []
+        for index, (x, (num_chunks, num_rows)) in enumerate(zip(tensors, shapes, strict=True)):
+            slots = x.new_zeros(x.shape[0], num_chunks * num_rows, x.shape[2])
+            for peer in sorted(takes[index]):
+                slots.index_copy_(1, takes[index][peer], received[peer][index])
+            halo = slots.view(x.shape[0], num_chunks, num_rows, x.shape[2])
+            inside = self.inside[index]
+            halos.append(halo if inside is None else halo.masked_fill_(~inside.unsqueeze(-1), 0))
+        return halos
+
+    def scatter_add(self, grads: Sequence[Tensor], local_length: int) -> list[Tensor]:
+        """The transpose: [B, chunks, rows, C] -> [B, S_local, C], where a row of several halos gets their sum."""
+        slots = []
+        for grad, inside in zip(grads, self.inside, strict=True):
+            masked = grad if inside is None else grad.masked_fill(~inside.unsqueeze(-1), 0)
+            slots.append(masked.reshape(grad.shape[0], -1, grad.shape[3]))
+        gives = [halo_map.take for halo_map in self.maps]
+        takes = [halo_map.give for halo_map in self.maps]
+        received = self._move(slots, gives, takes, "backward")
+        sums = []
+        for index, (grad, halo_map) in enumerate(zip(grads, self.maps, strict=True)):
+            shape = (grad.shape[0], halo_map.touched.numel(), grad.shape[3])
+            touched = grad.new_zeros(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+            for peer in sorted(takes[index]):
+                touched.index_add_(1, takes[index][peer], received[peer][index].to(touched.dtype))
+            whole = grad.new_zeros(grad.shape[0], local_length, grad.shape[3])
+            sums.append(whole.index_copy_(1, halo_map.touched, touched.to(grad.dtype)))
+        return sums
+
+    def _move(
+        self,
+        rows: Sequence[Tensor],
+        gives: Sequence[dict[int, Tensor]],
+        takes: Sequence[dict[int, Tensor]],
+        direction: Direction,
+    ) -> dict[int, dict[int, Tensor]]:
+        """Send rows[i][:, gives[i][peer]] of every tensor i to each peer; the result holds [peer][i], this rank's own
+        rows among them."""
+        rank = self.transport.rank
+        # Wide elements come first, so that each part of a message lies at a multiple of its element size.
+        order = sorted(range(len(rows)), key=lambda index: -rows[index].element_size())
+        received: dict[int, dict[int, Tensor]] = {}
+        sends, receives, parts = [], [], []
+        for peer in sorted({peer for give in gives for peer in give}):
+            part = {i: rows[i].index_select(1, gives[i][peer]) for i in order if peer in gives[i]}
+            if peer == rank:
+                received[rank] = part
+            else:
+                sends.append((peer, torch.cat([_as_bytes(piece) for piece in part.values()])))
+        for peer in sorted({peer for take in takes for peer in take} - {rank}):
+            present = [i for i in order if peer in takes[i]]
+            shapes = {i: (rows[i].shape[0], takes[i][peer].numel(), rows[i].shape[2]) for i in present}
+            sizes = [math.prod(shapes[i]) * rows[i].element_size() for i in present]
+            message = rows[0].new_empty(sum(sizes), dtype=torch.uint8)
+            receives.append((peer, message))
+            parts.append((peer, shapes, message.split(sizes)))
+        self.transport.exchange(sends, receives, direction=direction, kind="halo").wait()
+        for peer, shapes, pieces in parts:
+            received[peer] = {
+                i: piece.view(rows[i].dtype).view(shapes[i]) for i, piece in zip(shapes, pieces, strict=True)
+            }
+        return received
+
+
+class Halo(torch.autograd.Function):
+    """``HaloExchange.gather``; its backward is the transpose."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, exchange: HaloExchange, shapes: list[tuple[int, int]], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        ctx.local_length = tensors[0].shape[1]
+        return tuple(exchange.gather(tensors, shapes))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        sums = HaloTranspose.apply(ctx.exchange, ctx.local_length, *grads)
+        return (
+            None,
+            None,
+            *(grad if needed else None for grad, needed in zip(sums, ctx.needs_input_grad[2:], strict=True)),
+        )
+
+
+class HaloTranspose(torch.autograd.Function):
+    """``HaloExchange.scatter_add``, which refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, exchange: HaloExchange, local_length: int, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(exchange.scatter_add(grads, local_length))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("the halo exchange has no second derivative: differentiate once, without create_graph=True")
+
+
+def _as_bytes(piece: Tensor) -> Tensor:
+    return piece.contiguous().view(torch.uint8).reshape(-1)

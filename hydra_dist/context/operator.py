@@ -1,0 +1,171 @@
+"""Attention over ranks as one differentiable PyTorch operator.
+
+``hydra_dist::context_attention`` and ``hydra_dist::context_attention_backward`` are custom operators, so that
+torch.compile and profilers see one node each, and selective activation checkpointing can keep ``out`` and ``lse``
+instead of sending all keys around once more (``SAVED_BY_CHECKPOINT``).
+
+Operators take tensors and plain values only, so the plan of a batch is named by a handle. The table of handles does not
+keep a plan alive; a plan lives as long as its owner or a backward pass that is still to come holds it.
+"""
+
+import itertools
+import threading
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import hydra_dist.attention  # noqa: F401  (registers hydra_dist::attention)
+
+
+class Strategy(Protocol):
+    """An algorithm for attention over ranks, such as ``Ring``."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        window: int | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+class HasStrategy(Protocol):
+    """What a handle names: a plan."""
+
+    strategy: Strategy
+
+
+class Handles:
+    """Numbers that name living plans. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._plans: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def add(self, plan: HasStrategy) -> int:
+        with self._lock:
+            handle = next(self._numbers)
+            self._plans[handle] = plan
+            return handle
+
+    def get(self, handle: int) -> HasStrategy:
+        with self._lock:
+            plan = self._plans.get(handle)
+        if plan is None:
+            raise RuntimeError(
+                f"plan {handle} of a context-parallel sequence no longer exists; keep what ContextParallel.plan() "
+                f"returned until the backward pass is over"
+            )
+        return plan
+
+
+HANDLES = Handles()
+
+
+@torch.library.custom_op("hydra_dist::context_attention", mutates_args=())
+def context_attention(
+    q: Tensor, k: Tensor, v: Tensor, handle: int, causal: bool, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of this rank's queries over the keys of all ranks.
+
+    Args:
+        q: [B, S_local, Hq, D].
+        k, v: [B, S_local, Hk, D].
+        handle: names the plan.
+        window: in tokens; -1 for none.
+
+    Returns:
+        out [B, S_local, Hq, D] in q's dtype, lse [B, Hq, S_local] in fp32 or wider, not differentiable.
+    """
+    strategy = HANDLES.get(handle).strategy
+    return strategy.forward(q, k, v, causal=causal, window=_window(window), scale=scale)
+
+
+@context_attention.register_fake
+def _context_attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, handle: int, causal: bool, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)
+
+
+@torch.library.custom_op("hydra_dist::context_attention_backward", mutates_args=())
+def context_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    handle: int,
+    causal: bool,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v in their dtypes."""
+    strategy = HANDLES.get(handle).strategy
+    return strategy.backward(grad_out, q, k, v, out, lse, causal=causal, window=_window(window), scale=scale)
+
+
+@context_attention_backward.register_fake
+def _context_attention_backward_fake(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    handle: int,
+    causal: bool,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _window(window: int) -> int | None:
+    return window if window > 0 else None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, handle, causal, window, scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.plan = HANDLES.get(handle)  # alive until backward is over
+    ctx.plain = (handle, causal, window, scale)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.hydra_dist.context_attention_backward(grad_out, *ctx.saved_tensors, *ctx.plain)
+    return *grads, None, None, None, None
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise RuntimeError(
+        "attention over ranks has no second derivative: differentiate once, without create_graph=True, or compute this "
+        "part on one device with plain tensor operations"
+    )
+
+
+context_attention.register_autograd(_backward, setup_context=_setup_context)
+context_attention_backward.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
+
+SAVED_BY_CHECKPOINT = [torch.ops.hydra_dist.context_attention.default, torch.ops.hydra_dist.attention.default]
+"""Operators whose results are worth keeping when the rest of a layer is recomputed in the backward pass."""

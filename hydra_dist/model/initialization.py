@@ -1,0 +1,96 @@
+"""Starting values, and which parameters weight decay acts on.
+
+A parameter's values follow from (seed, its name) alone: the same on every rank, device and dtype, whatever else the
+model has and in whatever order it was built.
+
+- Matrices and the embedding: normal with ``init_std``, cut off at three of them; those that write into the residual
+  stream are divided by sqrt(2 x layers), so that its size does not grow with depth (Radford et al. 2019, section 2.3).
+- Convolutions: uniform within 1/sqrt(taps read), which is torch's default for Conv1d and so what the published CCGQA
+  models start from; the q-k-mean carries the latent past them unchanged, so nothing is gained by starting near the
+  identity. Their biases start at 0.
+- Norm weights 1, tau 0 (temperature 1).
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydra_dist.model.ccgqa import CCGQA, QKNorm
+from hydra_dist.model.convolution import CausalConvolutions
+from hydra_dist.model.gqa import GQA
+from hydra_dist.model.loss import Head
+from hydra_dist.model.mlp import MLP
+from hydra_dist.model.norm import RMSNorm
+
+CUT = 3.0
+"""Standard deviations at which the normal distribution is cut off."""
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, *, init_std: float | None = None) -> None:
+    """Set every parameter of a ``Transformer`` (or, with ``init_std``, of one layer) as described above.
+
+    Before ZeRO-3 takes the parameters apart. Raises ValueError for a parameter that it has no rule for.
+    """
+    if init_std is None:
+        init_std = model.config.init_std
+    num_layers = len(model.layers) if hasattr(model, "layers") else 1
+    outputs = {id(linear) for module in model.modules() if (linear := _writes_residual(module)) is not None}
+    done: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in done:
+                continue
+            done.add(id(parameter))
+            std = init_std / math.sqrt(2 * num_layers) if id(module) in outputs else init_std
+            generator = _generator(seed, f"{module_name}.{name}" if module_name else name)
+            parameter.copy_(_starting_values(module, name, parameter, std, generator))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two optimizer groups: the matrices of the layers and an untied head with ``weight_decay``, the rest with 0.
+
+    Without decay go norms, biases, tau, the depthwise taps (a handful of numbers a channel, none of which scales a
+    sum over channels) and the embedding, also where it is the head: its rows are updated as often as their tokens
+    occur, but would decay every step.
+    """
+    decayed, kept, done = [], [], set[int]()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in done:
+                continue
+            done.add(id(parameter))
+            is_matrix = isinstance(module, nn.Linear | Head) or name == "grouped_weight"
+            (decayed if is_matrix and name != "bias" else kept).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def _writes_residual(module: nn.Module) -> nn.Linear | None:
+    if isinstance(module, CCGQA | GQA):
+        return module.output
+    return module.down if isinstance(module, MLP) else None
+
+
+def _starting_values(
+    module: nn.Module, name: str, parameter: nn.Parameter, std: float, generator: torch.Generator
+) -> Tensor:
+    """On CPU in fp32, whatever the parameter is, so that device and dtype change nothing but the rounding."""
+    values = torch.empty(parameter.shape)
+    if isinstance(module, RMSNorm):
+        return values.fill_(1.0)
+    if isinstance(module, QKNorm) or name.endswith("bias"):
+        return values.zero_()
+    if isinstance(module, CausalConvolutions):
+        num_read = parameter.shape[1]  # taps of a channel, or taps x channels of a head
+        return values.uniform_(-1 / math.sqrt(num_read), 1 / math.sqrt(num_read), generator=generator)
+    if isinstance(module, nn.Linear | nn.Embedding | Head):
+        return nn.init.trunc_normal_(values, std=std, a=-CUT * std, b=CUT * std, generator=generator)
+    raise ValueError(f"no starting values for {name} of {type(module).__name__}")
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

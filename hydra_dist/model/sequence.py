@@ -1,0 +1,53 @@
+"""What a layer asks of the sequence that it sees a part of.
+
+A layer computes on local rows. Two things cross rows, the rows before each local chunk (the halo of the convolutions
+and of the value shift) and attention, and both go through this object: a plan of ``hydra_dist.context`` for a sequence
+over many ranks, a cache when decoding, or ``WholeSequence`` on one device.
+"""
+
+from collections.abc import Sequence as Listing
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hydra_dist.attention import Mask, attention
+
+
+class LocalSequence(Protocol):
+    """Local rows of a sequence: who they are, and what comes to them from elsewhere."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[S] global position of each local row."""
+
+    @property
+    def document_starts(self) -> Tensor | None:
+        """[B, S] position of the first row of each row's document; None: one document."""
+
+    @property
+    def chunk_lengths(self) -> Listing[int]:
+        """Local rows are these many runs of consecutive positions, one after another."""
+
+    def halo(self, parts: Listing[tuple[Tensor, int]]) -> list[Tensor]:
+        """For each (tensor [B, S, C], rows): the rows before each chunk [B, chunks, rows, C], zero outside of the
+        document of the chunk's first row."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None) -> Tensor:
+        """Attention of local rows over the whole sequence, [B, S, H, D] -> [B, S, Hq, D]."""
+
+
+class WholeSequence:
+    """One device, one document, positions from 0."""
+
+    document_starts = None
+
+    def __init__(self, length: int, device: torch.device) -> None:
+        self.positions = torch.arange(length, device=device)
+        self.chunk_lengths = (length,)
+
+    def halo(self, parts: Listing[tuple[Tensor, int]]) -> list[Tensor]:
+        return [tensor.new_zeros(tensor.shape[0], 1, rows, tensor.shape[-1]) for tensor, rows in parts]
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None) -> Tensor:
+        return attention(q, k, v, mask=Mask(causal=causal, window=window))[0]

@@ -1,0 +1,115 @@
+"""DeepSpeed as the engine: ZeRO stages 0 to 3 over all data x context ranks, behind four verbs.
+
+The loss that comes in is a sum over this rank's targets divided by the number of targets of the whole step, over all
+ranks and micro-batches. DeepSpeed averages gradients over its ranks, so the loss is scaled by their number first: what
+comes out is the gradient of the mean over all targets, whatever the number of ranks.
+"""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hydra_dist.config import Config
+from hydra_dist.train.mesh import Mesh
+from hydra_dist.train.optimizer import build_optimizer
+
+
+class Engine:
+    """A model, its optimizer and ZeRO; the DeepSpeed engine itself is ``deepspeed``."""
+
+    def __init__(self, model: nn.Module, config: Config, mesh: Mesh, precision: str) -> None:
+        deepspeed = _import_deepspeed(mesh.device)
+        self.world_size = mesh.world_size
+        self.stage = config.zero.stage
+        self.clip = config.optimizer.gradient_clipping
+        self._autocast = precision == "bf16_autocast"
+        self._device_type = mesh.device.type
+        optimizer = build_optimizer(model, config.optimizer, dist.group.WORLD)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, mesh, precision), dist_init_required=False
+        )
+        self.optimizer_in_use = type(self.optimizer).__name__
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as DeepSpeed holds it."""
+        return self.deepspeed.module
+
+    def forward(self, *inputs: Any, **settings: Any) -> Tensor:
+        """The model's forward in the run's precision."""
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
+            return self.deepspeed(*inputs, **settings)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss`` (already divided by the step's number of targets) to the step's gradient."""
+        self.deepspeed.backward(loss * self.world_size, scale_wrt_gas=False)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+
+    def step(self, learning_rate_factor: float) -> float:
+        """Clip by the global norm and update; the norm before clipping."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * learning_rate_factor
+        if self.stage > 0:
+            self.deepspeed.step()
+            return float(self.deepspeed.get_global_grad_norm())
+        # Without ZeRO, DeepSpeed clips but keeps the norm to itself.
+        limit = self.clip or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
+        self.deepspeed.step()
+        return norm
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self.deepspeed.destroy()
+
+
+def deepspeed_config(config: Config, mesh: Mesh, precision: str) -> dict[str, Any]:
+    """What DeepSpeed is told; everything it would otherwise decide by itself is said."""
+    stage = config.zero.stage
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+        "gradient_clipping": config.optimizer.gradient_clipping if stage else 0.0,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": mesh.device.type == "cuda",
+            "contiguous_gradients": True,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def resolve_precision(config: Config, device: torch.device) -> str:
+    """What ``train.precision: auto`` stands for on this device."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if config.zero.stage else "bf16_autocast"
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    # Read once, at DeepSpeed's import; on a machine with a GPU it would otherwise take that for a CPU run too.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by the names that torch 2.11 knows.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
+    # A shared-memory all-reduce for inference that takes a C++ compiler and a minute to build; training never calls it.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    return deepspeed

@@ -1,0 +1,154 @@
+"""Ring attention against attention on one device."""
+
+import itertools
+
+import pytest
+import torch
+
+import hydra_dist.attention.partial
+from hydra_dist.context.emulated import EmulatedTransport
+from hydra_dist.context.geometry import Geometry
+from hydra_dist.costs.layout import chunks, ring_journeys, ring_traffic
+
+RANKS = (1, 2, 3, 4, 8)
+LAYOUTS = ("zigzag", "contiguous")
+MASKS = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 9},
+    "window_wider_than_a_shard": {"window": 40},
+    "documents": {"documents": ((0, 1, 2, 20, 33, 60),) * 2},
+    "documents_by_row": {"documents": ((0, 13, 34), (0, 1, 50))},
+    "documents_full": {"causal": False, "documents": ((0, 13, 34), (0, 5, 6, 7, 59))},
+    "documents_window": {"window": 6, "documents": ((0, 30), (0, 8, 16, 24, 32, 40, 48))},
+}
+HEADS = ((4, 4), (4, 2), (4, 1))
+LENGTHS = (61, 67, 513)
+SHAPES = list(itertools.product(HEADS, LENGTHS))
+SHORT = [pair for pair in SHAPES if pair[1] < 100]
+# Every pair of (ranks, layout) meets every mask; heads and lengths take turns.
+COVER = [
+    (ranks, layout, mask, *(SHAPES if ranks < 4 and turn % 5 == 0 else SHORT)[turn % 4])
+    for turn, (ranks, layout, mask) in enumerate(itertools.product(RANKS, LAYOUTS, MASKS))
+]
+
+
+def check(problem, whole, over_ranks, errors, ranks, layout, mask, heads, length):
+    case = problem(sequence_length=length, num_query_heads=heads[0], num_key_heads=heads[1], **MASKS[mask])
+    found, _ = over_ranks(case, ranks, layout)
+    assert max(errors(found, whole(case))) < 1e-12
+
+
+@pytest.mark.parametrize("ranks,layout,mask,heads,length", COVER)
+def test_output_and_gradients_equal_one_device(problem, whole, over_ranks, errors, ranks, layout, mask, heads, length):
+    check(problem, whole, over_ranks, errors, ranks, layout, mask, heads, length)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "ranks,layout,mask,heads,length", list(itertools.product(RANKS, LAYOUTS, MASKS, HEADS, LENGTHS))
+)
+def test_the_whole_grid(problem, whole, over_ranks, errors, ranks, layout, mask, heads, length):
+    check(problem, whole, over_ranks, errors, ranks, layout, mask, heads, length)
+
+
+def test_as_many_rows_as_pieces(problem, whole, over_ranks, errors):
+    case = problem(sequence_length=16, documents=((0, 3, 4), (0, 15)))
+    assert max(errors(over_ranks(case, 8)[0], whole(case))) < 1e-12
+
+
+@pytest.mark.parametrize("ranks", [4, 8])
+def test_keys_pass_through_ranks_that_need_none(problem, whole, over_ranks, errors, ranks):
+    # The first document ends with rank 0's first piece, and the last one begins just before rank 0's last piece.
+    pieces = 2 * ranks
+    case = problem(sequence_length=4 * pieces, documents=((0, 4, 4 * pieces - 6),) * 2)
+    journeys = ring_journeys(chunks("zigzag", case.sequence_length, ranks), causal=True, documents=case.documents)
+    assert any(journey.first > 1 for journey in journeys)
+    assert max(errors(over_ranks(case, ranks)[0], whole(case))) < 1e-12
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("mask", ["causal", "documents_by_row"])
+def test_fp32(problem, whole, over_ranks, errors, ranks, mask):
+    case = problem(sequence_length=301, dtype=torch.float32, head_dim=16, **MASKS[mask])
+    out, *gradients = errors(over_ranks(case, ranks)[0], whole(case, dtype=torch.float64))
+    assert out < 1e-6
+    assert max(gradients) < 5e-6
+
+
+@pytest.mark.parametrize("ranks", [4, 16])
+def test_bf16_loses_no_more_than_one_device_does(problem, whole, over_ranks, ranks):
+    def squares(found, exact):
+        return [((a.double() - b) ** 2).mean() for a, b in zip(found, exact, strict=True)]
+
+    ours, single = torch.zeros(4).double(), torch.zeros(4).double()
+    for seed in range(5):
+        case = problem(sequence_length=256, batch_size=1, head_dim=16, dtype=torch.bfloat16, seed=seed)
+        exact = whole(case, dtype=torch.float64)
+        ours += torch.stack(squares(over_ranks(case, ranks)[0], exact))
+        single += torch.stack(squares(whole(case, backend="auto"), exact))
+    assert (ours / single).sqrt().max() < 1.15
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", ["causal", "full", "window", "documents_by_row"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_bytes_sent_equal_the_closed_form(problem, over_ranks, ranks, mask, layout):
+    case = problem(dtype=torch.float32, **MASKS[mask])
+    _, stats = over_ranks(case, ranks, layout)
+    dealing = chunks(layout, case.sequence_length, ranks)
+    journeys = ring_journeys(dealing, causal=case.causal, window=case.window, documents=case.documents)
+    wanted = ring_traffic(dealing, journeys, batch_size=2, num_key_heads=2, head_dim=8, element_bytes=4)
+    for sent, traffic in zip(stats, wanted, strict=True):
+        forward, backward = sent["forward"], sent["backward"]
+        assert (forward["bytes"], forward["messages"]) == (traffic.forward_bytes, traffic.forward_messages)
+        assert (backward["bytes"], backward["messages"]) == (traffic.backward_bytes, traffic.backward_messages)
+
+
+def test_gradients_travel_in_fp32_for_bf16_keys(problem, over_ranks):
+    _, stats = over_ranks(problem(sequence_length=64, dtype=torch.bfloat16), 2)
+    kinds = stats[0]["backward"]["kinds"]
+    assert kinds["key gradients"]["bytes"] == 2 * kinds["keys"]["bytes"] > 0
+
+
+def test_a_window_sends_less_than_no_window(problem, over_ranks):
+    far = over_ranks(problem(), 8, "contiguous")[1]
+    near = over_ranks(problem(window=3), 8, "contiguous")[1]
+    assert sum(s["forward"]["messages"] for s in near) == 7 < sum(s["forward"]["messages"] for s in far) == 28
+
+
+def rejects(problem, whole, over_ranks, errors, ranks=4):
+    case = problem()
+    return max(errors(over_ranks(case, ranks)[0], whole(case))) > 1e-3
+
+
+def test_the_check_rejects_a_merge_that_ignores_lse(problem, whole, over_ranks, errors, monkeypatch):
+    def average(out, lse, part_out, part_lse):
+        out.lerp_(part_out.to(out.dtype), 0.5)
+        torch.logaddexp(lse, part_lse, out=lse)
+
+    monkeypatch.setattr(hydra_dist.attention.partial, "merge_into", average)
+    assert rejects(problem, whole, over_ranks, errors)
+
+
+def test_the_check_rejects_zigzag_rows_read_as_one_run(problem, whole, over_ranks, errors, monkeypatch):
+    spans = Geometry.spans
+
+    def one_run(self, rank):
+        found = spans(self, rank)
+        return [type(found[0])(0, found[-1].row_stop, found[0].position)]
+
+    monkeypatch.setattr(Geometry, "spans", one_run)
+    assert rejects(problem, whole, over_ranks, errors, ranks=2)
+
+
+def test_the_check_rejects_gradients_that_do_not_come_home(problem, whole, over_ranks, errors, monkeypatch):
+    exchange = EmulatedTransport.exchange
+
+    def forgetful(self, sends, receives, *, direction, kind):
+        if kind == "key gradients":
+            sends = [(peer, torch.zeros_like(x)) for peer, x in sends]
+        return exchange(self, sends, receives, direction=direction, kind=kind)
+
+    monkeypatch.setattr(EmulatedTransport, "exchange", forgetful)
+    assert rejects(problem, whole, over_ranks, errors)
