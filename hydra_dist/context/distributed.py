@@ -33,16 +33,15 @@ class DistributedTransport(Transport):
         group: a communicator of its own. Every rank of it builds its transport at the same point of the program.
         device: where the tensors live: a CPU for gloo, this rank's GPU for NCCL.
         timeout: seconds that ``wait`` waits for a peer; None takes the group's own limit. NCCL keeps to the group's
-            limit, which its watchdog enforces.
+            limit, which its watchdog enforces, because its ``wait`` does not block the host.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device, timeout: float | None = None) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device)
         self.group = group
-        self.backend = dist.get_backend(group)
-        self.timeout = None if timeout is None or self.backend != "gloo" else timedelta(seconds=timeout)
+        self.timeout = None if timeout is None or device.type != "cpu" else timedelta(seconds=timeout)
         self.global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
-        if self.backend == "nccl":
+        if device.type == "cuda":
             # NCCL sets up a communicator at its first call, which all ranks must make; an exchange may have no part
             # for some of them.
             dist.all_reduce(torch.zeros(1, device=device), group=group)

@@ -57,9 +57,7 @@ def forward_flops(model: ModelConfig) -> ForwardFlops:
     )
 
 
-def score_pairs(
-    sequence_length: int, window: int | None = None, document_lengths: Iterable[int] | None = None
-) -> int:
+def score_pairs(sequence_length: int, window: int | None = None, document_lengths: Iterable[int] | None = None) -> int:
     """Pairs (query, key) that causal attention computes in one sequence: S (S + 1) / 2 where nothing else limits it.
 
     Args:

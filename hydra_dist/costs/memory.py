@@ -86,7 +86,7 @@ def _before_attention(model: ModelConfig, compute: int, packed_documents: bool) 
         return 0 if rotates else compute * model.key_size
     total = 0
     if model.use_convs:
-        first_taps, second_taps = model.conv_kernel_sizes
+        second_taps = model.conv_kernel_sizes[1]
         total += compute * latent if model.halo_rows else projection
         total += compute * second_taps * latent
         total += model.halo_rows if packed_documents else 0

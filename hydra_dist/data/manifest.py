@@ -30,6 +30,8 @@ def _plain(name: str) -> str:
 
 
 class Record(BaseModel):
+    """Base of what is read back from disk: exact types, no key but the known ones."""
+
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 

@@ -173,6 +173,7 @@ class Tokenizer:
 def byte_tokenizer() -> Tokenizer:
     """One token a byte: id = byte, then ``<|begin|>`` 256 and ``<|end|>`` 257. A byte-level BPE without merges."""
     pipeline = _byte_level_pipeline({symbol: byte for byte, symbol in enumerate(_byte_symbols())}, use_regex=False)
+    pipeline.add_special_tokens([BEGIN, END])
     return Tokenizer(pipeline, "the byte vocabulary")
 
 

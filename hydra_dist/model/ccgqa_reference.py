@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from hydra_dist.model.ccgqa import NORM_EPS, CCGQA
+from hydra_dist.model.ccgqa import CCGQA, NORM_EPS
 
 
 def ccgqa_reference(layer: CCGQA, x: Tensor, document_starts: Tensor | None = None) -> Tensor:
@@ -59,7 +59,8 @@ def _one_sequence(layer: CCGQA, x: Tensor, starts: list[int]) -> Tensor:
             j = h // group
             logits = torch.stack([queries[t][h] @ keys[s][j] for s in range(first, t + 1)]) / math.sqrt(D)
             weights = logits.softmax(0)
-            heads.append(sum(weights[s - first] * values[s][j] for s in range(first, t + 1)))
+            seen = torch.stack([values[s][j] for s in range(first, t + 1)])
+            heads.append(weights @ seen)
         rows.append(layer.output.weight @ torch.cat(heads))
     return torch.stack(rows)
 
@@ -74,7 +75,7 @@ def _convolved(layer: CCGQA, z: list[Tensor], t: int, start: int) -> Tensor:
 
     def u(s: int) -> Tensor:
         """First convolution; s may lie before the document, where z is zero and only the bias is left."""
-        total = convs.depthwise_bias
+        total: Tensor = convs.depthwise_bias
         for j in range(k0):
             source = s - (k0 - 1) + j
             if source >= start:

@@ -1,8 +1,8 @@
 """The two causal convolutions of CCGQA over the latent queries and keys, and the rows that they read.
 
-The first acts on each channel by itself (depthwise, k0 taps), the second mixes the channels of one head (k1 taps); there
-is no activation between them, and both have a bias. Only the latent z is padded: before a sequence or a document z is
-zero, so the first convolution's output there is its bias, not zero.
+The first acts on each channel by itself (depthwise, k0 taps), the second mixes the channels of one head (k1 taps);
+there is no activation between them, and both have a bias. Only the latent z is padded: before a sequence or a document
+z is zero, so the first convolution's output there is its bias, not zero.
 
 Source: Figliolia et al. 2025 (arXiv 2510.04476), section III and listing A.1.
 """
@@ -59,22 +59,24 @@ class CausalConvolutions(nn.Module):
                 inside z. A tap that reaches further back than its row's age reads zero (first convolution) or the
                 first convolution's bias (second).
         """
-        bias = self.depthwise_bias.to(z.dtype)
-        return self._grouped(self._depthwise(z, bias, ages), bias, ages)
+        return self._grouped(self._depthwise(z, ages), self.depthwise_bias.to(z.dtype), ages)
 
-    def _depthwise(self, z: Tensor, bias: Tensor, ages: Tensor | None) -> Tensor:
+    def _depthwise(self, z: Tensor, ages: Tensor | None) -> Tensor:
+        """Summed in fp32 or wider and rounded once to z's dtype; backward keeps z as it is, no wider copy."""
         size = self.kernel_sizes[0]
         length = z.shape[1] - (size - 1)
-        weight = self.depthwise_weight.to(z.dtype)
-        u = torch.addcmul(bias, z[:, size - 1 :], weight[:, -1])
-        for delay in range(1, size):
-            start = size - 1 - delay
-            tap, factor = z[:, start : start + length], weight[:, start]
-            if ages is None:
-                u = torch.addcmul(u, tap, factor)
-            else:
-                u = u + (tap * factor).masked_fill(~_reaches(ages[:, size - 1 :], delay), 0.0)
-        return u
+        wide = torch.promote_types(z.dtype, torch.float32)
+        # Autocast on a GPU would widen z itself, and backward would keep that.
+        with torch.autocast(z.device.type, enabled=False):
+            weight, u = self.depthwise_weight.to(wide), self.depthwise_bias.to(wide)
+            for delay in range(size):
+                start = size - 1 - delay
+                tap, factor = z[:, start : start + length], weight[:, start]
+                if ages is None or delay == 0:
+                    u = torch.addcmul(u, tap, factor)
+                else:
+                    u = u + (tap * factor).masked_fill(~_reaches(ages[:, -length:], delay), 0.0)
+            return u.to(z.dtype)
 
     def _grouped(self, u: Tensor, bias: Tensor, ages: Tensor | None) -> Tensor:
         size = self.kernel_sizes[1]

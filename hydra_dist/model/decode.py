@@ -1,9 +1,9 @@
 """Token-by-token decoding: what a layer keeps of the tokens that it has seen.
 
 To a layer, new tokens are a chunk of a sequence whose earlier rows are elsewhere: here in a cache instead of on other
-ranks. So the cache answers the same two questions as a context-parallel plan: the rows before the chunk (the state of the
-convolutions and of the value shift) and attention over everything before (keys and values). The layers do not know the
-difference, and prefill, a chunk of a prompt, and a single token are one code path.
+ranks. So the cache answers the same two questions as a context-parallel plan: the rows before the chunk (the state of
+the convolutions and of the value shift) and attention over everything before (keys and values). The layers do not know
+the difference, and prefill, a chunk of a prompt, and a single token are one code path.
 """
 
 from collections.abc import Sequence

@@ -24,6 +24,7 @@ from hydra_dist.model.gqa import GQA
 from hydra_dist.model.loss import Head
 from hydra_dist.model.mlp import MLP
 from hydra_dist.model.norm import RMSNorm
+from hydra_dist.model.transformer import Transformer
 
 CUT = 3.0
 """Standard deviations at which the normal distribution is cut off."""
@@ -35,9 +36,11 @@ def initialize(model: nn.Module, seed: int, *, init_std: float | None = None) ->
 
     Before ZeRO-3 takes the parameters apart. Raises ValueError for a parameter that it has no rule for.
     """
+    num_layers = 1
+    if isinstance(model, Transformer):
+        num_layers, init_std = model.config.num_layers, init_std or model.config.init_std
     if init_std is None:
-        init_std = model.config.init_std
-    num_layers = len(model.layers) if hasattr(model, "layers") else 1
+        raise ValueError(f"init_std is needed for a {type(model).__name__}, which has no configuration to say it")
     outputs = {id(linear) for module in model.modules() if (linear := _writes_residual(module)) is not None}
     done: set[int] = set()
     for module_name, module in model.named_modules():
@@ -57,7 +60,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     sum over channels) and the embedding, also where it is the head: its rows are updated as often as their tokens
     occur, but would decay every step.
     """
-    decayed, kept, done = [], [], set[int]()
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    done: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in done:

@@ -137,10 +137,10 @@ def _check(x: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> None:
 class Head(nn.Module):
     """The output head, its weight alone: the loss is computed where the weight is, and where ZeRO-3 gathers it."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, chunk_size: int, tied_to: nn.Parameter | None = None) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, chunk_size: int) -> None:
         super().__init__()
         self.chunk_size = chunk_size
-        self.weight = tied_to if tied_to is not None else nn.Parameter(torch.zeros(vocab_size, hidden_size))
+        self.weight: Tensor = nn.Parameter(torch.zeros(vocab_size, hidden_size))
 
     def forward(self, x: Tensor, targets: Tensor | None = None, reduction: str = "sum") -> Tensor:
         """[B, S, E] -> logits [B, S, V]; with ``targets`` [B, S] their loss, summed or (``none``) [B, S]."""

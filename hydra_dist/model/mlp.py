@@ -6,9 +6,9 @@ Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 
 class MLP(nn.Module):
@@ -34,7 +34,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return functional.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
@@ -43,6 +43,6 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         grads = torch.empty_like(gate_up)
         grad_gate, grad_up = grads.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.mul(functional.silu(gate), grad, out=grad_up)
         grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
         return grads

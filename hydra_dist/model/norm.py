@@ -1,7 +1,8 @@
 """Root-mean-square normalisation: of the residual stream (with a learned weight) and of single heads.
 
-One operator serves both. It keeps its input and one number a row for backward, computes in fp32 (fp64 for fp64) whatever
-it is given, and writes the dtype that the next matrix product reads, so that under autocast no fp32 copy is kept.
+One operator serves both. It keeps its input and one number a row for backward, computes in fp32 (fp64 for fp64)
+whatever it is given, and writes the dtype that the next matrix product reads, so that under autocast no fp32 copy is
+kept.
 """
 
 from typing import Any

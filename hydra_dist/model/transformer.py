@@ -69,8 +69,9 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        tied_to = self.embedding.weight if config.tie_embeddings else None
-        self.head = Head(config.vocab_size, config.hidden_size, loss_chunk_size, tied_to)
+        self.head = Head(config.vocab_size, config.hidden_size, loss_chunk_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     def forward(
         self,

@@ -45,7 +45,6 @@ def load(
     a damaged one, with the file and what to do.
     """
     path, peers = Path(path), peers or Peers()
-
     manifest = _agree(path, peers, expected_model, expected_tokenizer)
     state.prepare_for_loading()
     peers.together(lambda: _compare(path, manifest, state))

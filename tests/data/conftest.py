@@ -5,21 +5,7 @@ from pathlib import Path
 
 import pytest
 
-WORDS = [
-    "attention",
-    "ring",
-    "halo",
-    "héllo",
-    "日本",
-    "\U0001f680",
-    "def",
-    "",
-    "\n\n\t",
-    "=",
-    "3.14",
-    "<|end|>",
-    "<|begin|>",
-]
+WORDS = ["attention", "ring", "halo", "héllo", "日本", "🚀", "def", "", "\n\n\t", "=", "3.14", "<|end|>", "<|begin|>"]
 
 
 def text(number: int) -> str:
@@ -27,12 +13,11 @@ def text(number: int) -> str:
     return " ".join(WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(5 + number * 13 % 40)) + f" {number}"
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Callable[..., Path]:
+@pytest.fixture(scope="session")
+def write_tree() -> Callable[[Path, int], Path]:
     """Write ``count`` text files into a directory and return it."""
 
-    def write(count: int = 60, name: str = "corpus") -> Path:
-        root = tmp_path / name
+    def write(root: Path, count: int) -> Path:
         for number in range(count):
             path = root / f"part{number % 3}" / f"{number:03d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +25,12 @@ def tree(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture
+def tree(tmp_path: Path, write_tree: Callable[[Path, int], Path]) -> Callable[[int], Path]:
+    """``write_tree`` into the test's own directory ``corpus``."""
+    return lambda count: write_tree(tmp_path / "corpus", count)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

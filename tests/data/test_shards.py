@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,9 +10,17 @@ from hydra_dist.data.files import npy_bytes
 from hydra_dist.errors import ConfigError, RunError
 
 
+@pytest.fixture(scope="module")
+def original(write_tree, tmp_path_factory):
+    root = tmp_path_factory.mktemp("shards")
+    write_tree(root / "corpus", 60)
+    return prepare([root / "corpus"], root / "data", "train:300", shard_tokens=500, eval_fraction=0.2).directory
+
+
 @pytest.fixture
-def prepared(tree, tmp_path):
-    return prepare([tree(60)], tmp_path / "data", "train:300", shard_tokens=500, eval_fraction=0.2).directory
+def prepared(original, tmp_path):
+    """A copy of its own for each test to damage."""
+    return shutil.copytree(original, tmp_path / "data")
 
 
 def plain(directory, split):

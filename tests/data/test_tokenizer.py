@@ -66,6 +66,7 @@ def test_byte_ids_are_the_bytes():
     assert BYTES.encode(text).tolist() == list(text.encode())
     assert (BYTES.vocab_size, BYTES.begin_id, BYTES.end_id) == (258, 256, 257)
     assert BYTES.is_byte_level
+    assert BYTES.notes == []
     assert BYTES.token_bytes.tolist() == [1] * 256 + [0, 0]
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 
 import hydra_dist.model.ccgqa as module
 from hydra_dist.context import ContextParallel
@@ -31,7 +31,8 @@ def compare(layer, documents, relative_error, batch=2):
     grads = torch.autograd.grad((ours * weights).sum(), inputs, allow_unused=True, materialize_grads=True)
     expected = torch.autograd.grad((theirs * weights).sum(), inputs, allow_unused=True, materialize_grads=True)
     pairs = [(ours, theirs), *zip(grads, expected, strict=True)]
-    return max(relative_error(a, b) for a, b in pairs if bool(a.any()) or bool(b.any()))
+    # What has no influence has rounding for a gradient, such as the query of a row that sees one key.
+    return max(relative_error(a, b) for a, b in pairs if max(a.abs().max(), b.abs().max()) > 1e-12)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -48,13 +49,15 @@ def test_groups_and_odd_numbers_of_key_heads(heads, documents, randomize, relati
     assert compare(layer, documents, relative_error, batch=1) < 1e-12
 
 
-@pytest.mark.parametrize("values", itertools.product([False, True], repeat=4))
+@pytest.mark.parametrize("values", list(itertools.product([False, True], repeat=4)))
 def test_switches(values, randomize, relative_error):
     layer = randomize(CCGQA(12, 4, 2, 4, **dict(zip(SWITCHES, values, strict=True))))
     assert compare(layer, True, relative_error) < 1e-12
 
 
-@pytest.mark.parametrize("rows_option", [{"window": 1}, {"window": 3}, {"rope_dim": 0}, {"rope_dim": 4, "rope_theta": 50.0}])
+@pytest.mark.parametrize(
+    "rows_option", [{"window": 1}, {"window": 3}, {"rope_dim": 0}, {"rope_dim": 4, "rope_theta": 50.0}]
+)
 def test_window_and_rotation(rows_option, randomize, relative_error):
     layer = randomize(CCGQA(12, 4, 2, 4, **rows_option))
     assert compare(layer, True, relative_error) < 1e-12
@@ -74,15 +77,15 @@ class EachConvolutionPadded(CausalConvolutions):
 
     def forward(self, z, ages=None):
         (k0, k1), z = self.kernel_sizes, z[:, self.num_rows_before :]
-        u = self._depthwise(F.pad(z, (0, 0, k0 - 1, 0)), self.depthwise_bias, None)
-        return self._grouped(F.pad(u, (0, 0, k1 - 1, 0)), self.depthwise_bias, None)
+        u = self._depthwise(functional.pad(z, (0, 0, k0 - 1, 0)), None)
+        return self._grouped(functional.pad(u, (0, 0, k1 - 1, 0)), self.depthwise_bias, None)
 
 
 class ZeroAtDocuments(CausalConvolutions):
     """Wrong inside packed rows only: a tap before the document reads 0 instead of the bias."""
 
     def forward(self, z, ages=None):
-        return self._grouped(self._depthwise(z, self.depthwise_bias, ages), torch.zeros_like(self.depthwise_bias), ages)
+        return self._grouped(self._depthwise(z, ages), torch.zeros_like(self.depthwise_bias), ages)
 
 
 class DocumentsIgnored(CausalConvolutions):

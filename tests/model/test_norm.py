@@ -22,8 +22,9 @@ def test_values_and_gradients(scale_shape, relative_error):
     grads = torch.autograd.grad((ours * weights).sum(), inputs)
     for a, b in zip(grads, torch.autograd.grad((theirs * weights).sum(), inputs), strict=True):
         assert relative_error(a, b) < 1e-13
-    assert torch.autograd.gradcheck(lambda *args: rms_normalize(*args, None, 1e-3) if scale is None
-                                    else rms_normalize(*args, 1e-3), inputs)
+    assert torch.autograd.gradcheck(
+        lambda *args: rms_normalize(*args, None, 1e-3) if scale is None else rms_normalize(*args, 1e-3), inputs
+    )
 
 
 def test_the_check_above_rejects_an_eps_outside_the_root(relative_error):

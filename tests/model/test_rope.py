@@ -28,7 +28,9 @@ def test_logits_depend_on_the_distance_alone(relative_error):
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind()
 
     def logit(q_position, k_position):
-        turned = [rotate(x, rope_tables(torch.tensor([p]), 16, 1e4, x.dtype)) for x, p in ((q, q_position), (k, k_position))]
+        turned = [
+            rotate(x, rope_tables(torch.tensor([p]), 16, 1e4, x.dtype)) for x, p in ((q, q_position), (k, k_position))
+        ]
         return (turned[0] * turned[1]).sum(-1)
 
     assert relative_error(logit(1_000_007, 1_000_000), logit(7, 0)) < 1e-8

@@ -1,9 +1,11 @@
 """The whole model: forms of its forward, dtypes, checkpointing, and parameters that are read where ZeRO-3 has them."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from hydra_dist.context import ContextParallel, run_ranks
 from hydra_dist.errors import ConfigError
@@ -29,7 +31,7 @@ def test_loss_is_that_of_the_logits(changes, model_config, relative_error):
     targets[0, :5] = -100
     logits = model(tokens)
     assert logits.shape == (2, 19, 37)
-    rows = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 19)
+    rows = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 19)
     assert relative_error(model(tokens, targets=targets), rows.sum()) < 1e-13
     none = model(tokens, targets=targets, reduction="none")
     assert relative_error(none, rows) < 1e-13
@@ -52,10 +54,10 @@ def test_packed_documents_equal_documents_alone(model_config, relative_error):
     tokens, _ = batch(rows=1)
     cuts = [0, 1, 8, 9, 19]
     starts = torch.zeros(1, 19, dtype=torch.long)
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in pairwise(cuts):
         starts[:, start:stop] = start
     packed = model(tokens, ContextParallel(None).plan(19, starts))
-    alone = torch.cat([model(tokens[:, a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)], dim=1)
+    alone = torch.cat([model(tokens[:, a:b]) for a, b in pairwise(cuts)], dim=1)
     assert relative_error(packed, alone) < 1e-12
     assert relative_error(model(tokens), alone) > 1e-3
 

@@ -34,10 +34,19 @@ def launch(folder: Path, processes: int) -> dict:
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    result = subprocess.run(
-        [*command, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=300
+    process = subprocess.Popen(
+        [*command, __file__, str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
+    try:
+        output, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then ends its ranks; killed, it would leave them behind
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output[-8000:]
     return json.loads((folder / f"ranks-{processes}.json").read_text())
 
 
@@ -119,12 +128,9 @@ def build(kind: str, seed: int):
     """An engine of one kind, on a tiny tied model with odd sizes, a frozen vector and two parameter groups."""
     import deepspeed
     import torch
-    from deepspeed.ops import __compatible_ops__
     from torch import nn
 
     from hydra_dist.train.optimizer import Muon
-
-    __compatible_ops__["deepspeed_shm_comm"] = False
 
     class Head(nn.Module):
         def __init__(self, weight):
@@ -327,8 +333,10 @@ def main() -> None:
     import deepspeed
     import torch
     import torch.distributed as dist
+    from deepspeed.ops import __compatible_ops__
 
     torch.set_num_threads(1)
+    __compatible_ops__["deepspeed_shm_comm"] = False  # takes a compiler and a minute, and training never calls it
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     dist.init_process_group("gloo")
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)

@@ -70,7 +70,7 @@ def test_the_check_above_rejects_matrices_read_at_the_wrong_place(monkeypatch):
 
 def test_singular_values_end_near_one():
     generator = torch.Generator().manual_seed(0)
-    for shape in ((64, 64), (64, 16), (16, 64)):
+    for shape in ((64, 16), (16, 64), (200, 40)):
         values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=generator)).float())
         assert 0.5 < values.min() <= values.max() < 1.3
     assert orthogonalise(torch.zeros(4, 4)).abs().max() == 0

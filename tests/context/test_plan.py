@@ -1,0 +1,190 @@
+"""Plans: dealing rows out and gathering them, what a plan says of its rows, and what it refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hydra_dist.context import ContextParallel, run_ranks
+from hydra_dist.context.plan import documents_of
+from hydra_dist.errors import ConfigError
+
+
+def starts_of(*rows, length):
+    starts = torch.zeros(len(rows), length, dtype=torch.int64)
+    for row, positions in enumerate(rows):
+        for position in positions:
+            starts[row, position:] = position
+    return starts
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 6), st.integers(12, 40), st.sampled_from(["zigzag", "contiguous"]), st.integers(-3, 2), st.booleans()
+)
+def test_unshard_inverts_shard(ranks, length, layout, dim, integers):
+    shape = [2, 3, 2]
+    shape[dim] = length
+    x = torch.randint(100, shape) if integers else torch.randn(shape)
+
+    def there_and_back(mesh):
+        seq = ContextParallel(mesh, layout=layout).plan(length)
+        local = seq.shard(x, dim)
+        assert torch.equal(local, x.index_select(dim, seq.positions))
+        assert local.is_contiguous()
+        assert seq.positions.numel() == sum(seq.chunk_lengths) == local.shape[dim]
+        return seq.unshard(local, dim), seq.positions
+
+    results = run_ranks(ranks, there_and_back)
+    assert all(torch.equal(back, x) for back, _ in results)
+    assert torch.cat([positions for _, positions in results]).sort().values.tolist() == list(range(length))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_gradients_of_shard_and_unshard_add_up_over_ranks(ranks):
+    x = torch.randn(2, 13, 3, dtype=torch.float64)
+    weights = torch.randn(ranks, 2, 13, 3, dtype=torch.float64)
+
+    def one_rank(mesh):
+        seq = ContextParallel(mesh, layout="contiguous").plan(13)
+        leaf = x.clone().requires_grad_()
+        whole = seq.unshard(seq.shard(leaf * 2, 1) ** 2, 1)
+        (whole * weights[mesh.rank]).sum().backward()
+        return leaf.grad
+
+    leaf = x.clone().requires_grad_()
+    ((leaf * 2) ** 2 * weights.sum(0)).sum().backward()
+    torch.testing.assert_close(sum(run_ranks(ranks, one_rank)), leaf.grad, rtol=0, atol=1e-13)
+
+
+def test_unshard_can_be_differentiated_twice():
+    def one_rank(mesh):
+        seq = ContextParallel(mesh).plan(9)
+        local = seq.shard(torch.arange(9.0, dtype=torch.float64), 0).requires_grad_()
+        (first,) = torch.autograd.grad((seq.unshard(local, 0) ** 3).sum(), local, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), local)
+        return local.detach(), first.detach(), second
+
+    for local, first, second in run_ranks(2, one_rank):
+        # Both ranks have the same objective, so each gradient counts twice, and so does its gradient's way back.
+        torch.testing.assert_close(first, 2 * 3 * local**2)
+        torch.testing.assert_close(second, 2 * 6 * local)
+
+
+def test_a_plan_knows_the_documents_of_its_rows():
+    starts = starts_of([3, 10], [5], length=12)
+
+    def one_rank(mesh):
+        seq = ContextParallel(mesh).plan(12, starts)
+        return seq.positions.tolist(), seq.document_starts.tolist(), seq.chunk_lengths
+
+    assert run_ranks(2, one_rank) == [
+        ([0, 1, 2, 9, 10, 11], [[0, 0, 0, 3, 10, 10], [0, 0, 0, 5, 5, 5]], (3, 3)),
+        ([3, 4, 5, 6, 7, 8], [[3, 3, 3, 3, 3, 3], [0, 0, 5, 5, 5, 5]], (6,)),
+    ]
+
+
+def test_one_device_needs_no_mesh():
+    seq = ContextParallel().plan(5)
+    assert seq.positions.tolist() == [0, 1, 2, 3, 4]
+    assert seq.document_starts is None
+    assert seq.chunk_lengths == (5,)
+    x = torch.randn(1, 5)
+    assert torch.equal(seq.unshard(seq.shard(x, 1), 1), x)
+
+
+def test_stats_are_those_of_one_plan_and_the_whole_adds_up():
+    def one_rank(mesh):
+        context = ContextParallel(mesh)
+        for _ in range(2):
+            seq = context.plan(16)
+            x = seq.shard(torch.randn(1, 16, 1, 4), 1)
+            seq.attention(x, x, x)
+        return seq.stats()["forward"], context.traffic.stats()["forward"]
+
+    for last, total in run_ranks(2, one_rank):
+        assert last == {
+            "bytes": 2 * 8 * 4 * 4,
+            "messages": 1,
+            "hops": 1,
+            "kinds": {"keys": {"bytes": 256, "messages": 1, "hops": 1}},
+        }
+        assert (total["bytes"], total["messages"]) == (512, 2)
+
+
+def test_geometries_are_kept_and_given_up():
+    context = ContextParallel()
+    first = context.plan(4).geometry
+    assert context.plan(4).geometry is first
+    for length in range(5, 25):
+        context.plan(length)
+    assert context.plan(4).geometry is not first
+
+
+@pytest.mark.parametrize(
+    "settings_,message",
+    [
+        ({"strategy": "rnig"}, r'context.strategy: rnig \(did you mean "ring"\?\); ring exists'),
+        ({"strategy": "ulysses"}, "context.strategy: ulysses; ring exists"),
+        ({"layout": "striped"}, "context.layout: striped; zigzag and contiguous exist"),
+    ],
+)
+def test_unknown_names_are_refused(settings_, message):
+    with pytest.raises(ConfigError, match=message):
+        ContextParallel(**settings_)
+
+
+def test_the_ring_refuses_a_ulysses_dimension():
+    with pytest.raises(ConfigError, match="its ulysses dimension has 2 ranks; a mesh of 4 x 1 works"):
+        run_ranks((2, 2), ContextParallel)
+
+
+def test_what_attention_refuses():
+    seq = ContextParallel().plan(8, torch.zeros(2, 8, dtype=torch.int32))
+    q = torch.zeros(2, 8, 4, 2)
+    with pytest.raises(ConfigError, match="sparse=None"):
+        seq.attention(q, q, q, sparse="topk")
+    with pytest.raises(ConfigError, match=r"model\.window 0"):
+        seq.attention(q, q, q, window=0)
+    with pytest.raises(ValueError, match="q has 7 rows and this rank holds 8 of 8"):
+        seq.attention(q[:, :7], q, q)
+    with pytest.raises(ValueError, match="k has 7 rows"):
+        seq.attention(q, q[:, :7], q[:, :7])
+    with pytest.raises(ValueError, match="has 1 batch rows and document_starts has 2"):
+        seq.attention(q[:1], q[:1], q[:1])
+    with pytest.raises(ValueError, match="not a multiple"):
+        seq.attention(q, q[:, :, :3], q[:, :, :3])
+
+
+def test_what_sharding_refuses():
+    seq = ContextParallel().plan(8)
+    with pytest.raises(ValueError, match="it must have 8"):
+        seq.shard(torch.zeros(1, 7), 1)
+    with pytest.raises(ValueError, match="it must have 8"):
+        seq.unshard(torch.zeros(1, 7), 1)
+
+
+def test_documents_are_read_from_their_starts():
+    assert documents_of(starts_of([1, 2, 6], [], length=8), 8) == ((0, 1, 2, 6), (0,))
+
+
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        (torch.zeros(8, dtype=torch.int64), r"has shape \[8\]"),
+        (torch.zeros(1, 7, dtype=torch.int64), r"\[batch, 8\] is wanted"),
+        (torch.zeros(1, 8), r"is torch\.float32"),
+        (torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1]]), r"document_starts\[0, 0\] is 1"),
+        (torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]]), r"document_starts\[0, 2\] is 1"),
+        (torch.tensor([[0, 0, 2, 0, 0, 0, 0, 0]]), r"document_starts\[0, 3\] is 0"),
+        (torch.tensor([[0, 0, 0, 5, 5, 5, 5, 5]]), r"document_starts\[0, 3\] is 5"),
+    ],
+)
+def test_starts_that_are_none_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ContextParallel().plan(8, wrong)
+
+
+def test_a_sequence_shorter_than_the_pieces_is_refused():
+    with pytest.raises(ConfigError, match=r"a sequence of 8 or more or context\.size 3 works"):
+        run_ranks(4, lambda mesh: ContextParallel(mesh).plan(7))

@@ -1,0 +1,149 @@
+"""Predicted activation bytes against what autograd is seen to keep, switch by switch, and against live memory."""
+
+import itertools
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from hydra_dist.config import ModelConfig
+from hydra_dist.context import ContextParallel
+from hydra_dist.costs.memory import activation_bytes, cast_weight_bytes, head_gradient_bytes, logits_bytes
+from hydra_dist.model import Transformer, initialize
+
+BASE = {"vocab_size": 64, "num_layers": 2, "hidden_size": 96, "head_dim": 16, "num_query_heads": 4, "num_key_heads": 2}
+SWITCHES = ("use_convs", "use_qk_mean", "use_qk_norm", "use_value_shift", "rope")
+PRECISIONS = ("fp32", "bf16", "bf16_autocast")
+KINDS = [
+    {"attention": "gqa"},
+    {"attention": "gqa", "num_key_heads": 4},
+    {"attention": "gqa", "rope_fraction": 0.0},
+    {"conv_kernel_sizes": (1, 1)},
+    {"conv_kernel_sizes": (1, 3)},
+    {"conv_kernel_sizes": (3, 4)},
+    {"num_key_heads": 1, "mlp_expansion": 1.0},
+]
+
+
+def build(config, precision, **options):
+    model = Transformer(config, loss_chunk_size=64, **options)
+    initialize(model, 0)
+    return model.bfloat16() if precision == "bf16" else model
+
+
+def loss_of(model, precision, length, documents=False):
+    tokens = torch.randint(0, 64, (1, length))
+    starts = torch.arange(length).div(10, rounding_mode="floor").mul(10).unsqueeze(0)
+    seq = ContextParallel(None).plan(length, starts) if documents else None
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16_autocast"):
+        return model(tokens, seq, targets=tokens.clone())
+
+
+def saved(model, precision, length, documents=False):
+    """Bytes of all storages that autograd keeps, parameters apart."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, storages = [], {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept.append(tensor)  # so that no other tensor takes its place in memory
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(model, precision, length, documents)
+    return sum(storages.values())
+
+
+def slope(measure, *arguments, lengths=(64, 192)):
+    """Bytes per token: what does not grow with the sequence falls out."""
+    short, long = (measure(*arguments, length) for length in lengths)
+    return (long - short) / (lengths[1] - lengths[0])
+
+
+def kinds():
+    for values in itertools.product([False, True], repeat=5):
+        settings = dict(zip(SWITCHES, values, strict=True))
+        yield {"rope_fraction": 0.5 if settings.pop("rope") else 0.0, **settings}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_switch(precision):
+    for changes in [*KINDS, *kinds()]:
+        config = ModelConfig.model_validate({**BASE, "num_layers": 1, **changes})
+        measured = slope(saved, build(config, precision), precision)
+        assert activation_bytes(config, precision).total("none") == pytest.approx(measured, rel=1e-3), changes
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"conv_kernel_sizes": (3, 4)}, {"use_convs": False}, {"attention": "gqa"}], ids=str
+)
+def test_packed_documents(changes):
+    config = ModelConfig.model_validate({**BASE, **changes})
+    model = build(config, "bf16_autocast")
+    measured = slope(lambda length: saved(model, "bf16_autocast", length, documents=True))
+    predicted = activation_bytes(config, "bf16_autocast", packed_documents=True)
+    assert predicted.total("none") == pytest.approx(measured, rel=0.03)
+
+
+def test_the_comparison_rejects_other_models_and_precisions():
+    config = ModelConfig.model_validate(BASE)
+    measured = slope(saved, build(config, "fp32"), "fp32")
+    assert activation_bytes(config, "bf16").total("none") != pytest.approx(measured, rel=0.03)
+    wider = ModelConfig.model_validate({**BASE, "num_key_heads": 4})
+    assert activation_bytes(wider, "fp32").total("none") != pytest.approx(measured, rel=0.03)
+
+
+def alive(model, precision, length):
+    """Bytes that forward leaves allocated, by the allocator's own records."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss = loss_of(model, precision, length)
+    records = profiled.profiler.kineto_results.experimental_event_tree()
+    del loss
+    total, stack = 0, list(records)
+    while stack:
+        event = stack.pop()
+        stack += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            total += event.extra_fields.alloc_size
+    return total
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+@pytest.mark.parametrize("attention", ["ccgqa", "gqa"])
+def test_against_allocated_memory(attention, checkpointing, precision):
+    config = ModelConfig.model_validate({**BASE, "attention": attention})
+    model = build(config, precision, activation_checkpointing=checkpointing)
+    alive(model, precision, 64)
+    measured = slope(alive, model, precision, lengths=(256, 1024))
+    predicted = activation_bytes(config, precision).total(checkpointing)
+    assert predicted == pytest.approx(measured, rel=0.03)
+    other = activation_bytes(config, precision).total("none" if checkpointing == "layer" else "layer")
+    assert other != pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
+def test_what_does_not_grow_with_the_sequence(precision):
+    config = ModelConfig.model_validate(BASE)
+    model = build(config, precision)
+    per_token = slope(saved, model, precision)
+    rows_before = config.num_layers * config.halo_rows * (config.query_size + config.key_size)
+    fixed = saved(model, precision, 64) - 64 * per_token - rows_before * (4 if precision == "fp32" else 2)
+    expected = head_gradient_bytes(config) + cast_weight_bytes(config, precision)
+    assert fixed == pytest.approx(expected, rel=0.03)
+
+
+def test_logits_of_a_chunk():
+    config = ModelConfig.model_validate(BASE)
+    assert logits_bytes(config, "fp32", 100) == 100 * 64 * 4
+    assert logits_bytes(config, "bf16", 100) == 100 * 64 * 6
+
+
+def test_totals():
+    numbers = activation_bytes(ModelConfig.model_validate(BASE), "fp32")
+    assert numbers.total("none") == 2 * numbers.layer + numbers.ends
+    assert numbers.total("layer") == 2 * numbers.checkpoint + numbers.ends
+    with pytest.raises(ValueError, match="layers"):
+        numbers.total("layers")
