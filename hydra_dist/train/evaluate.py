@@ -44,11 +44,11 @@ def evaluate(
     for first in range(0, rows, mesh.data_size):
         row = first + mesh.data_rank
         batch = held_out.eval_batch([row if row < rows else held_out.num_eval_rows])
-        plan = context.plan(length, batch.document_starts.to(mesh.device))
+        plan = context.plan(length, batch.document_starts, device=mesh.device)
         targets = plan.shard(batch.targets.to(mesh.device), dim=1)
         nll = token_nll(plan.shard(batch.tokens.to(mesh.device), dim=1), plan, targets).double()
         scored = targets >= 0
-        positions = plan.positions.to(mesh.device).expand_as(targets)
+        positions = plan.positions.expand_as(targets)
         before = positions - plan.document_starts
         for column, place in ((0, positions), (2, before)):
             index = torch.bucketize(place, edges, right=True) - 1

@@ -198,7 +198,7 @@ class Trainer:
 
     def _place(self, batch: Batch) -> tuple[Tensor, Tensor, Any]:
         """Local tokens, local targets and the plan of one micro-batch."""
-        plan = self.context.plan(self.config.data.sequence_length, batch.document_starts.to(self.mesh.device))
+        plan = self.context.plan(self.config.data.sequence_length, batch.document_starts, device=self.mesh.device)
         tokens, targets = (plan.shard(rows.to(self.mesh.device), dim=1) for rows in (batch.tokens, batch.targets))
         return tokens, targets, plan
 
