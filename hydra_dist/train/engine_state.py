@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hydra_dist.train.checkpoint_state import WEIGHT
+from hydra_dist.train.checkpoint.state import WEIGHT
 from hydra_dist.train.engine_state_layout import Placement, inner_optimizer, master_groups, place_parameters
 
 ELEMENTS_AT_ONCE = 2**26

@@ -49,6 +49,7 @@ def evaluate(
         nll = token_nll(plan.shard(batch.tokens.to(mesh.device), dim=1), plan, targets).double()
         scored = targets >= 0
         positions = plan.positions.expand_as(targets)
+        assert plan.document_starts is not None
         before = positions - plan.document_starts
         for column, place in ((0, positions), (2, before)):
             index = torch.bucketize(place, edges, right=True) - 1

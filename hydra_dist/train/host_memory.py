@@ -1,7 +1,7 @@
 """Keeping freed host memory in the process on a CPU run.
 
-glibc gives a large block back to the kernel when it is freed and takes a fresh one, page by page, for the next tensor of
-the same size. A training step on a CPU makes the same large tensors again and again, and the page faults can take
+glibc gives a large block back to the kernel when it is freed and takes a fresh one, page by page, for the next tensor
+of the same size. A training step on a CPU makes the same large tensors again and again, and the page faults can take
 longer than the arithmetic.
 """
 

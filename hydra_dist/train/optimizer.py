@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, world: dist.Proce
     Args:
         world: the ranks over which ZeRO cuts the parameters.
     """
-    settings = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     groups = parameter_groups(model, config.weight_decay)
     if config.name == "adamw":
         optimizer = torch.optim.AdamW(groups, **settings)

@@ -66,7 +66,7 @@ def test_ranks_and_zero_stages_change_no_number(torchrun, settings, reference, t
         records = trained(torchrun, config, ranks, f"train.micro_batch_size={2 * context // ranks}")
         for key in ("loss", "grad_norm"):
             difference = largest_difference(records, reference, key)
-            assert difference < 1e-5, f"{ranks} ranks, context {context}, ZeRO {stage}: {key} differs by {difference:.1e}"
+            assert difference < 1e-5, f"{key} of {config.stem} (ranks-context-stage) differs by {difference:.1e}"
         assert [r["targets"] for r in records] == [r["targets"] for r in reference]
     other = trained(torchrun, write(settings, tmp_path / "other.yaml", train__seed=1, zero__stage=0), 1)
     assert largest_difference(other, reference, "loss") > 1e-3, "the comparison cannot tell runs apart"

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from hydra_dist.errors import RunError
-from hydra_dist.train import checkpoint, checkpoint_files, checkpoint_folder
-from hydra_dist.train.checkpoint_state import deal
+from hydra_dist.train import checkpoint
+from hydra_dist.train.checkpoint import files as checkpoint_files
+from hydra_dist.train.checkpoint import folder as checkpoint_folder
+from hydra_dist.train.checkpoint.state import deal
 from tests.train.checkpoint_fakes import METADATA, FakeState, load_latest, on_ranks, prepare_two, save
 
 

@@ -9,7 +9,9 @@ import threading
 import pytest
 
 from hydra_dist.errors import RunError
-from hydra_dist.train import checkpoint, checkpoint_files, checkpoint_save
+from hydra_dist.train import checkpoint
+from hydra_dist.train.checkpoint import files as checkpoint_files
+from hydra_dist.train.checkpoint import writing as checkpoint_save
 from tests.train.checkpoint_fakes import FakeState, load_latest, on_ranks, prepare_two, save
 
 

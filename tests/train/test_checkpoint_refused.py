@@ -9,7 +9,8 @@ import torch
 
 from hydra_dist.config import ModelConfig
 from hydra_dist.errors import ConfigError, RunError
-from hydra_dist.train import checkpoint, checkpoint_manifest
+from hydra_dist.train import checkpoint
+from hydra_dist.train.checkpoint import manifest as checkpoint_manifest
 from tests.train.checkpoint_fakes import MODEL, FakeState, on_ranks, save
 
 

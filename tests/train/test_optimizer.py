@@ -50,7 +50,9 @@ def slice_steps(num_steps, num_ranks, monkeypatch):
             monkeypatch.setattr(dist, "get_world_size", lambda group: num_ranks)
             monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
             monkeypatch.setattr(
-                dist, "all_gather", lambda out, x, group: [o.copy_(s) for o, s in zip(out, sent, strict=True)]
+                dist,
+                "all_gather",
+                lambda out, x, group, sent=sent: [o.copy_(s) for o, s in zip(out, sent, strict=True)],
             )
             muon.step()
     return torch.cat([part.detach() for part in slices])[: flat.numel()]

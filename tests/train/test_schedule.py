@@ -1,5 +1,7 @@
 """The learning rate at its corners: first step, peak, last step."""
 
+import itertools
+
 import pytest
 
 from hydra_dist.config import ScheduleConfig
@@ -22,7 +24,7 @@ def test_cosine_falls_from_the_peak_to_the_final_fraction():
     assert values[0] == 1.0
     assert values[50] == pytest.approx(0.55)
     assert values[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(values, values[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(values))
 
 
 def test_wsd_holds_the_peak_and_then_falls_linearly():

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hydra_dist.config import ModelConfig
 from hydra_dist.errors import ConfigError, RunError
-from hydra_dist.train.checkpoint_files import sha256_of
-from hydra_dist.train.checkpoint_manifest import (
+from hydra_dist.train.checkpoint.files import sha256_of
+from hydra_dist.train.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     TensorRecord,
@@ -19,8 +19,8 @@ from hydra_dist.train.checkpoint_manifest import (
     damaged,
     read_manifest,
 )
-from hydra_dist.train.checkpoint_peers import Peers
-from hydra_dist.train.checkpoint_state import WEIGHT, State, deal, stored_name
+from hydra_dist.train.checkpoint.peers import Peers
+from hydra_dist.train.checkpoint.state import WEIGHT, State, deal, stored_name
 
 
 def load(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from hydra_dist.config import ModelConfig
 from hydra_dist.errors import ConfigError, RunError
-from hydra_dist.train.checkpoint_folder import instead_of
+from hydra_dist.train.checkpoint.folder import instead_of
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1

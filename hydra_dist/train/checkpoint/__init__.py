@@ -10,12 +10,12 @@ or it does not exist: everything is written and brought to the disk under anothe
 named in ``latest`` last of all. What one rank cannot do, all ranks report, as one error.
 """
 
-from hydra_dist.train.checkpoint_folder import complete_checkpoints, latest
-from hydra_dist.train.checkpoint_load import load, load_weights, verify
-from hydra_dist.train.checkpoint_manifest import Manifest, check_same_model, read_manifest
-from hydra_dist.train.checkpoint_peers import Peers
-from hydra_dist.train.checkpoint_save import save
-from hydra_dist.train.checkpoint_state import State
+from hydra_dist.train.checkpoint.folder import complete_checkpoints, latest
+from hydra_dist.train.checkpoint.manifest import Manifest, check_same_model, read_manifest
+from hydra_dist.train.checkpoint.peers import Peers
+from hydra_dist.train.checkpoint.reading import load, load_weights, verify
+from hydra_dist.train.checkpoint.state import State
+from hydra_dist.train.checkpoint.writing import save
 
 __all__ = [
     "Manifest",

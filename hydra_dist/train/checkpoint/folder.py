@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 
 from hydra_dist.errors import RunError
-from hydra_dist.train.checkpoint_files import remove_if_there, replace_durably, sync_directory
+from hydra_dist.train.checkpoint.files import remove_if_there, replace_durably, sync_directory
 
 logger = logging.getLogger(__name__)
 

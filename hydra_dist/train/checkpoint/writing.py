@@ -14,11 +14,11 @@ import torch
 
 import hydra_dist
 from hydra_dist.errors import RunError
-from hydra_dist.train.checkpoint_files import ShardWriter, TensorInfo, sync_directory, write_durably
-from hydra_dist.train.checkpoint_folder import begin, checkpoint_name, complete_checkpoints, prune, publish
-from hydra_dist.train.checkpoint_manifest import MANIFEST, encode_manifest
-from hydra_dist.train.checkpoint_peers import Peers
-from hydra_dist.train.checkpoint_state import WEIGHT, State, deal, stored_name
+from hydra_dist.train.checkpoint.files import ShardWriter, TensorInfo, sync_directory, write_durably
+from hydra_dist.train.checkpoint.folder import begin, checkpoint_name, complete_checkpoints, prune, publish
+from hydra_dist.train.checkpoint.manifest import MANIFEST, encode_manifest
+from hydra_dist.train.checkpoint.peers import Peers
+from hydra_dist.train.checkpoint.state import WEIGHT, State, deal, stored_name
 
 
 class _Entry(NamedTuple):
