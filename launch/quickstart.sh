@@ -54,11 +54,21 @@ if [ "$data" = "$corpus" ] && [ ! -e "$corpus/manifest.json" ]; then
 fi
 "$python" -m hydra_dist.cli check "$config" --processes "$processes" ${settings[@]+"${settings[@]}"}
 
-where="metrics.jsonl, evaluation.json, loss.png, tensorboard/, checkpoints/ and config.yaml are in $run"
 if [ "$finished" = yes ]; then
-  echo "finished already: $where (another run.directory=, or more train.steps=, trains on)"
-  exit 0
+  echo "finished already (another run.directory=, or more train.steps=, trains on)"
+else
+  "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+    -m hydra_dist.train "$config" ${settings[@]+"${settings[@]}"}
 fi
-echo "$where"
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
-  -m hydra_dist.train "$config" ${settings[@]+"${settings[@]}"}
+
+echo "a sample:"
+"$python" -m hydra_dist.cli generate "$run" --prompt 'class Ring:' --tokens 96
+cat <<TEXT
+
+loss and where it falls  $run/loss.png
+held-out evaluation      $run/evaluation.json
+every step               $run/metrics.jsonl, and tensorboard --logdir $run/tensorboard
+checkpoints              $run/checkpoints
+resolved configuration   $run/config.yaml
+another sample           .venv/bin/hydra-dist generate $run --prompt 'def '
+TEXT

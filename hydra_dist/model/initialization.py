@@ -5,9 +5,10 @@ model has and in whatever order it was built.
 
 - Matrices and the embedding: normal with ``init_std``, cut off at three of them; those that write into the residual
   stream are divided by sqrt(2 x layers), so that its size does not grow with depth (Radford et al. 2019, section 2.3).
-- Convolutions: uniform within 1/sqrt(taps read), which is torch's default for Conv1d and so what the published CCGQA
-  models start from; the q-k-mean carries the latent past them unchanged, so nothing is gained by starting near the
-  identity. Their biases start at 0.
+- Convolutions: the identity (1 at the current row's tap) plus uniform noise, a tenth of torch's default for Conv1d.
+  The default, noise alone, leaves a query and its group's key to the q-k-mean at first, which makes them nearly the
+  same vector: a row then sees mostly itself. On 2-layer byte models of width 128, 700 steps, 3 seeds, the identity
+  ended 0.14 bits per byte lower on average (0.05 to 0.19). Their biases start at 0.
 - Norm weights 1, tau 0 (temperature 1).
 """
 
@@ -28,6 +29,8 @@ from hydra_dist.model.transformer import Transformer
 
 CUT = 3.0
 """Standard deviations at which the normal distribution is cut off."""
+CONVOLUTION_NOISE = 0.1
+"""Over torch's default for Conv1d, which is uniform within 1/sqrt(inputs summed)."""
 
 
 @torch.no_grad()
@@ -89,8 +92,13 @@ def _starting_values(
     if isinstance(module, QKNorm) or name.endswith("bias"):
         return values.zero_()
     if isinstance(module, CausalConvolutions):
-        num_read = parameter.shape[1]  # taps of a channel, or taps x channels of a head
-        return values.uniform_(-1 / math.sqrt(num_read), 1 / math.sqrt(num_read), generator=generator)
+        bound = CONVOLUTION_NOISE / math.sqrt(values.shape[1])  # taps of a channel, or taps x channels of a head
+        values.uniform_(-bound, bound, generator=generator)
+        if name == "depthwise_weight":
+            values[:, -1] += 1.0
+        else:
+            values[:, -module.head_dim :] += torch.eye(module.head_dim)
+        return values
     if isinstance(module, nn.Linear | nn.Embedding | Head):
         return nn.init.trunc_normal_(values, std=std, a=-CUT * std, b=CUT * std, generator=generator)
     raise ValueError(f"no starting values for {name} of {type(module).__name__}")

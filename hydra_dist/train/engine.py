@@ -113,6 +113,8 @@ def resolve_precision(config: Config, device: torch.device) -> str:
 def _import_deepspeed(device: torch.device) -> Any:
     # Read once, at DeepSpeed's import; on a machine with a GPU it would otherwise take that for a CPU run too.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # DeepSpeed asks for what torchrun sets, also of a process that was started without it.
+    os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 

@@ -45,13 +45,25 @@ def test_sizes(model_config):
         assert std[name] == pytest.approx(0.02 * cut / 4, rel=0.05)
         assert std[name] != pytest.approx(0.02 * cut, rel=0.05)
     convs = model.layers[0].attention.convs
-    assert 0.9 * 2**-0.5 < convs.depthwise_weight.abs().max() <= 2**-0.5
-    assert 0.9 * 16**-0.5 < convs.grouped_weight.abs().max() <= 16**-0.5
+    depthwise = convs.depthwise_weight.detach() - torch.tensor([0.0, 1.0])
+    grouped = convs.grouped_weight.detach() - torch.cat([torch.zeros(8, 8), torch.eye(8)])
+    assert 0.09 * 2**-0.5 < depthwise.abs().max() <= 0.1 * 2**-0.5 + 1e-6
+    assert 0.09 * 16**-0.5 < grouped.abs().max() <= 0.1 * 16**-0.5 + 1e-6
     for name, p in model.named_parameters():
         if name.endswith(("bias", "tau")):
             assert not p.any(), name
         elif "norm" in name:
             assert (p == 1).all(), name
+
+
+def test_convolutions_start_near_the_identity():
+    layer = CCGQA(16, 2, 1, 8, (3, 4))
+    initialize(layer, 0, init_std=0.1)
+    z = torch.randn(1, 30, 24)
+    with torch.no_grad():
+        y = layer.convs(z).flatten(2)
+        assert (y - z[:, 5:]).square().mean() < 0.05
+        assert (y - z[:, 4:-1]).square().mean() > 1.0  # the row before
 
 
 def test_one_layer_and_unknown_modules():
