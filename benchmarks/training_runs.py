@@ -41,7 +41,6 @@ def train(config: str, overrides: Mapping[str, object], processes: int, device: 
 
     Raises ConfigError where the configuration is refused or the corpus is not there, RunError where the run fails.
     """
-    _require_corpus(config)
     with tempfile.TemporaryDirectory(prefix="hydra-dist-benchmark-") as folder:
         directory = Path(folder) / "run"
         settings = {
@@ -53,7 +52,7 @@ def train(config: str, overrides: Mapping[str, object], processes: int, device: 
             "run.directory": json.dumps(str(directory)),
         }
         arguments = [f"{key}={value}" for key, value in settings.items()]
-        load_config(ROOT / config, arguments)
+        _require_corpus(config, load_config(ROOT / config, arguments).data.directory)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command += ["-m", "hydra_dist.train", config, *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, available_cores() // processes))}
@@ -75,8 +74,7 @@ def _words_of_the_ranks(output: str) -> list[str]:
     return lines[: ends[0]] if ends else lines
 
 
-def _require_corpus(config: str) -> None:
-    directory = load_config(ROOT / config).data.directory
+def _require_corpus(config: str, directory: str) -> None:
     if not (ROOT / directory / "manifest.json").exists():
         raise ConfigError(
             f"{config}: data.directory {directory}: no corpus there; "

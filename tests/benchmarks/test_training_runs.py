@@ -33,7 +33,7 @@ def torchrun_calls(monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(training_runs.subprocess, "run", start)
-    monkeypatch.setattr(training_runs, "_require_corpus", lambda config: None)
+    monkeypatch.setattr(training_runs, "_require_corpus", lambda config, directory: None)
     return calls
 
 
@@ -91,13 +91,14 @@ def test_relative_differences():
         relative_differences([1.0], [1.0, 2.0])
 
 
-def fake_losses(drift_at=None, control=True):
+def fake_losses(drift_at=None, control=True, fall=0.5):
     """``train`` as the ring benchmark sees it: equal runs, but for one that drifts, and for another seed."""
 
     def fake(config, overrides, processes, device):
         factor = 1.1 if control and overrides["train.seed"] else 1.0
         factor += 1e-3 if drift_at == (overrides["context.size"], overrides["zero.stage"]) else 0.0
-        return Run([{"loss": 2.0 * factor, "grad_norm": 1.0 * factor} for _ in range(3)], {})
+        losses = (2.0 + fall, 2.0 + fall / 2, 2.0)
+        return Run([{"loss": loss * factor, "grad_norm": 1.0 * factor} for loss in losses], {})
 
     return fake
 
@@ -108,6 +109,7 @@ def fake_losses(drift_at=None, control=True):
         (fake_losses(), True),
         (fake_losses(drift_at=(4, 3)), False),
         (fake_losses(drift_at=(1, 2)), False),
+        (fake_losses(fall=0.4), False),
         (fake_losses(control=False), False),  # a check that cannot tell another seed proves nothing
     ],
 )
