@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import readme
 from benchmarks.catalogue import (
     RESULTS,
     Benchmark,
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if asked.table:
         _print_tables(choose(asked.names, benchmarks) if asked.names else list(benchmarks.values()), asked.results)
+        return 0
+    if asked.readme:
+        readme.update(results=asked.results)
         return 0
     gpus = gpu_names() if asked.gpu else ()
     if asked.gpu and not gpus:
@@ -102,11 +106,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="name the benchmarks and their result files")
     parser.add_argument("--table", action="store_true", help="print the tables of result files as Markdown")
+    parser.add_argument("--readme", action="store_true", help="write the result files' tables into README.md")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a benchmark's setting")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where result files are written")
     asked = parser.parse_args(arguments)
-    if not (asked.names or asked.all or asked.gpu or asked.list or asked.table):
-        parser.error("name a benchmark, or use --all, --gpu or --list")
+    if not (asked.names or asked.all or asked.gpu or asked.list or asked.table or asked.readme):
+        parser.error("name a benchmark, or use --all, --gpu, --list, --table or --readme")
     return asked
 
 

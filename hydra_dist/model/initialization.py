@@ -7,8 +7,7 @@ model has and in whatever order it was built.
   stream are divided by sqrt(2 x layers), so that its size does not grow with depth (Radford et al. 2019, section 2.3).
 - Convolutions: the identity (1 at the current row's tap) plus uniform noise, a tenth of torch's default for Conv1d.
   The default, noise alone, leaves a query and its group's key to the q-k-mean at first, which makes them nearly the
-  same vector: a row then sees mostly itself. On 2-layer byte models of width 128, 700 steps, 3 seeds, the identity
-  ended 0.14 bits per byte lower on average (0.05 to 0.19). Their biases start at 0.
+  same vector: a row then sees mostly itself. Their biases start at 0.
 - Norm weights 1, tau 0 (temperature 1).
 """
 
