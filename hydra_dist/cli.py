@@ -105,10 +105,23 @@ def prepare(
     )
 
 
+def repeat_option(arguments: list[str], option: str) -> list[str]:
+    """``--input a b`` as ``--input a --input b``: the parser takes one value after an option, people type several."""
+    expanded: list[str] = []
+    inside = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            inside = argument == option
+            if inside:
+                continue
+        expanded += [option, argument] if inside else [argument]
+    return expanded if arguments[-1:] != [option] else [*expanded, option]
+
+
 def main() -> None:
     """The console script: a user's mistake is one message and exit code 2 (1 where the run failed)."""
     try:
-        app()
+        app(args=repeat_option(sys.argv[1:], "--input"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
