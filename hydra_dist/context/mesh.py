@@ -1,5 +1,7 @@
 """From a mesh to transports: which ranks share a sequence, and over which wires."""
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -51,6 +53,7 @@ def _along(mesh: DeviceMesh, name: str, device: torch.device, timeout: float | N
         return OneRank(device)
     ranks = dist.get_process_group_ranks(mesh.get_group(name))
     # Only the members of a row know it, so only they take part in making its group.
-    group = dist.new_group(ranks, use_local_synchronization=True)
+    limit = None if timeout is None else timedelta(seconds=timeout)
+    group = dist.new_group(ranks, timeout=limit, use_local_synchronization=True)
     assert group is not None, "a rank is a member of its own row"
     return DistributedTransport(group, device, timeout)

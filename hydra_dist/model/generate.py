@@ -26,7 +26,7 @@ def generate(
         top_k: sample among this many likeliest tokens.
         top_p: sample among the fewest likeliest tokens whose probabilities sum to this or more (Holtzman et al. 2019,
             arXiv 1904.09751, section 3.1); after ``top_k``.
-        seed: the same seed gives the same tokens.
+        seed: the same seed and the same batch give the same tokens; one stream of numbers serves all rows.
         stop_token: a row that has produced it is filled up with it; generation ends when all rows have.
 
     Returns:

@@ -53,6 +53,11 @@ def initialize(model: nn.Module, seed: int, *, init_std: float | None = None) ->
             std = init_std / math.sqrt(2 * num_layers) if id(module) in outputs else init_std
             generator = _generator(seed, f"{module_name}.{name}" if module_name else name)
             parameter.copy_(_starting_values(module, name, parameter, std, generator))
+    import os
+
+    for module in model.modules():
+        if isinstance(module, CCGQA) and module.convs is not None:
+            module.convs.grouped_bias[:, : module.rope_dim] = float(os.environ.get("RECENCY", "0"))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

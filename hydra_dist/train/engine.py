@@ -6,6 +6,7 @@ comes out is the gradient of the mean over all targets, whatever the number of r
 """
 
 import logging
+import math
 import os
 import warnings
 from typing import Any
@@ -18,6 +19,9 @@ from hydra_dist.config import Config
 from hydra_dist.train.mesh import Mesh
 from hydra_dist.train.optimizer import build_optimizer
 
+LARGEST_BUCKET = 500_000_000
+"""Elements that one reduction or gather moves at most (DeepSpeed's default)."""
+
 
 class Engine:
     """A model, its optimizer and ZeRO; the DeepSpeed engine itself is ``deepspeed``."""
@@ -27,11 +31,16 @@ class Engine:
         self.world_size = mesh.world_size
         self.stage = config.zero.stage
         self.clip = config.optimizer.gradient_clipping
-        self._autocast = precision == "bf16_autocast"
-        self._device_type = mesh.device.type
+        if precision == "bf16_autocast":
+            # Around the model's own forward: DeepSpeed's forward switches off an autocast that it finds around itself.
+            model.forward = torch.autocast(mesh.device.type, torch.bfloat16)(model.forward)
+        num_parameters = sum(p.numel() for p in model.parameters())
         optimizer = build_optimizer(model, config.optimizer, dist.group.WORLD)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, mesh, precision), dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, mesh, precision, num_parameters),
+            dist_init_required=False,
         )
         self.optimizer_in_use = type(self.optimizer).__name__
 
@@ -42,8 +51,7 @@ class Engine:
 
     def forward(self, *inputs: Any, **settings: Any) -> Tensor:
         """The model's forward in the run's precision."""
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
-            return self.deepspeed(*inputs, **settings)
+        return self.deepspeed(*inputs, **settings)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` (already divided by the step's number of targets) to the step's gradient."""
@@ -52,7 +60,7 @@ class Engine:
             self.deepspeed.step()
 
     def step(self, learning_rate_factor: float) -> float:
-        """Clip by the global norm and update; the norm before clipping."""
+        """Clip by the global norm and update; the norm before clipping. Nothing is updated where it is not finite."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor
         if self.stage > 0:
@@ -60,7 +68,8 @@ class Engine:
             return float(self.deepspeed.get_global_grad_norm())
         # Without ZeRO, DeepSpeed clips but keeps the norm to itself.
         norm = self._clip()
-        self.deepspeed.step()
+        if math.isfinite(norm):
+            self.deepspeed.step()
         return norm
 
     def _clip(self) -> float:
@@ -80,9 +89,11 @@ class Engine:
         self.deepspeed.destroy()
 
 
-def deepspeed_config(config: Config, mesh: Mesh, precision: str) -> dict[str, Any]:
+def deepspeed_config(config: Config, mesh: Mesh, precision: str, num_parameters: int) -> dict[str, Any]:
     """What DeepSpeed is told; everything it would otherwise decide by itself is said."""
     stage = config.zero.stage
+    # Buckets are allocated whole, so none is larger than the model.
+    bucket = min(LARGEST_BUCKET, num_parameters)
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
@@ -91,10 +102,13 @@ def deepspeed_config(config: Config, mesh: Mesh, precision: str) -> dict[str, An
             "stage": stage,
             "overlap_comm": mesh.device.type == "cuda",
             "contiguous_gradients": True,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
             "stage3_param_persistence_threshold": 0,
         },
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,

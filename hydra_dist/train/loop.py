@@ -5,6 +5,7 @@ step, and nothing draws random numbers. A run that goes on from a checkpoint rep
 """
 
 import json
+import math
 import platform
 import shutil
 import time
@@ -22,6 +23,7 @@ from hydra_dist.config_file import dump_config
 from hydra_dist.context import ContextParallel
 from hydra_dist.costs.flops import mfu, training_flops_per_token
 from hydra_dist.data import Batch
+from hydra_dist.errors import RunError
 from hydra_dist.model import Transformer, initialize
 from hydra_dist.train import checkpoint
 from hydra_dist.train.engine import Engine, resolve_precision
@@ -30,7 +32,7 @@ from hydra_dist.train.evaluate import evaluate, write_evaluation
 from hydra_dist.train.mesh import Mesh
 from hydra_dist.train.metrics import Metrics, read_metrics
 from hydra_dist.train.plots import plot_loss
-from hydra_dist.train.preflight import Prepared
+from hydra_dist.train.preflight import Prepared, data_order
 from hydra_dist.train.schedule import learning_rate_factor
 
 
@@ -128,6 +130,13 @@ class Trainer:
         grad_norm = self.engine.step(factor)
         dist.all_reduce(totals)
         loss = float(totals[1]) / num_targets
+        # Both are the same on every rank, so all of them stop here together, before anything is saved.
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise RunError(
+                f"step {self.step}: the loss is {loss} and the gradient norm {grad_norm}; the run stops, and the "
+                f"checkpoints in {self.directory / 'checkpoints'} are as they were. A smaller "
+                "optimizer.learning_rate, or a longer schedule.warmup_steps, is the usual remedy"
+            )
         seconds = time.perf_counter() - started
         record = {
             "step": self.step,
@@ -220,6 +229,7 @@ class Trainer:
             "precision": self.precision,
             "model": self.prepared.model.model_dump(mode="json"),
             "tokenizer_sha256": self.prepared.train.dataset.tokenizer_sha256,
+            "extra": data_order(self.config, self.mesh.data_size),
         }
 
     def _write_description(self) -> None:

@@ -40,8 +40,13 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, world: dist.Proce
 def _split_off_matrices(
     model: nn.Module, groups: list[dict[str, Any]], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
-    """The matrices inside the layers as a group of their own, at the front; the embedding and the head stay out."""
-    matrices = [p for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2]
+    """The linear layers' weights inside the blocks as a group of their own, at the front.
+
+    What else has two dimensions stays with AdamW: the embedding and the head, whose rows are looked up one by one, and
+    taps and biases, which are no matrices.
+    """
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    matrices = [p for name, p in model.named_parameters() if name.startswith("layers.") and id(p) in linear]
     taken = {id(p) for p in matrices}
     muon = {
         "params": matrices,

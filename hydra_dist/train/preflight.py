@@ -1,10 +1,11 @@
 """Everything that can be known before a process is started: the same checks for ``hydra-dist check`` and for a run.
 
-Nothing is written but a probe file in the run's folder, which is removed again.
+Nothing is written but a probe file in the run's folder, which vanishes again.
 """
 
-import os
 import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,17 +64,54 @@ def preflight(config: Config, source: str, world_size: int, *, verify_data: bool
     if newest is not None:
         manifest = checkpoint.read_manifest(newest)
         checkpoint.check_same_model(manifest, model, newest)
+        _check_same_order(manifest.extra, config, data_size, newest, source)
         step = manifest.step
     _check_space(config, model, run, source)
     return Prepared(model, rows, held_out, data_size, newest, step)
 
 
+def data_order(config: Config, data_size: int) -> dict[str, int]:
+    """What decides, with the step, which tokens a step reads; kept in the checkpoint."""
+    train = config.train
+    return {
+        "seed": train.seed,
+        "sequence_length": config.data.sequence_length,
+        "rows_per_step": data_size * train.micro_batch_size * train.gradient_accumulation_steps,
+    }
+
+
+def _check_same_order(
+    saved: Mapping[str, object], config: Config, data_size: int, checkpoint_path: Path, source: str
+) -> None:
+    """Refuse to go on where a step would read other tokens than it did: some would come twice and others never."""
+    here = data_order(config, data_size)
+    keys = {"seed": "train.seed", "sequence_length": "data.sequence_length"}
+    for name, key in keys.items():
+        if saved.get(name, here[name]) != here[name]:
+            raise ConfigError(
+                f"{source}: {key} is {here[name]}, and {checkpoint_path} was trained with {saved[name]}; "
+                f"{key}={saved[name]}, or another run.directory, works"
+            )
+    rows = saved.get("rows_per_step", here["rows_per_step"])
+    if rows != here["rows_per_step"]:
+        assert isinstance(rows, int)
+        remedy = "another run.directory works"
+        for micro in (config.train.micro_batch_size, 1):
+            if rows % (data_size * micro) == 0:
+                steps = rows // (data_size * micro)
+                remedy = f"train.micro_batch_size={micro} train.gradient_accumulation_steps={steps} works"
+                break
+        raise ConfigError(
+            f"{source}: a step reads {here['rows_per_step']} rows on {data_size} data replicas, and {checkpoint_path} "
+            f"was trained with {rows} rows a step; {remedy}"
+        )
+
+
 def _check_writable(directory: Path, source: str) -> None:
-    probe = directory / f".probe-{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"x")
     except OSError as error:
         raise ConfigError(
             f"{source}: run.directory {directory} cannot be written: {error.strerror}; "

@@ -6,7 +6,7 @@ import torch
 
 from hydra_dist.config import ModelConfig
 from hydra_dist.data import load_tokenizer
-from hydra_dist.errors import ConfigError
+from hydra_dist.errors import ConfigError, RunError
 from hydra_dist.model import Transformer, generate
 from hydra_dist.train import checkpoint
 from hydra_dist.train.mesh import choose_device
@@ -24,7 +24,10 @@ def load_model(run: Path, device: torch.device) -> Transformer:
         raise ConfigError(f"{run}: no checkpoint under {run / 'checkpoints'}{hint}")
     manifest = checkpoint.read_manifest(newest)
     model = Transformer(ModelConfig.model_validate(manifest.model))
-    model.load_state_dict(checkpoint.load_weights(newest), strict=False)
+    difference = model.load_state_dict(checkpoint.load_weights(newest), strict=False)
+    tied = {"head.weight"} if model.config.tie_embeddings else set()
+    if difference.unexpected_keys or set(difference.missing_keys) - tied:
+        raise RunError(f"{newest}: the weights are not those of the model in its manifest: {difference}")
     return model.to(device).eval()
 
 

@@ -168,3 +168,35 @@ def test_a_run_writes_what_the_readme_promises(finished_run, run_command):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the ring")
+
+
+def test_a_step_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(finished_run, tiny_config, run_command):
+    names = sorted(path.name for path in finished_run.glob("checkpoints/step-*"))
+    for stage in (0, 2):
+        overrides = ["train.steps=4", f"zero.stage={stage}", "optimizer.learning_rate=1e30", "schedule.warmup_steps=0"]
+        done = run_command([sys.executable, "-m", "hydra_dist.train", str(tiny_config), *overrides])
+        assert done.returncode == 1
+        assert "gradient norm" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert sorted(path.name for path in finished_run.glob("checkpoints/step-*")) == names
+        assert all("NaN" not in line for line in (finished_run / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_resumed_run_has_to_read_the_same_rows(finished_run, tiny_config):
+    error = refused(tiny_config, "train.seed=5")
+    assert "train.seed is 5" in str(error)
+    assert "train.seed=0, or another run.directory, works" in str(error)
+    assert "data.sequence_length=128" in str(refused(tiny_config, "data.sequence_length=64"))
+    error = refused(tiny_config, "train.micro_batch_size=3")
+    assert "train.micro_batch_size=1 train.gradient_accumulation_steps=1 works" in str(error)
+    assert "another run.directory works" in str(refused(tiny_config, world_size=2))
+    preflight(load_config(tiny_config), str(tiny_config), 1)
+
+
+def test_a_file_that_cannot_be_written_during_the_run_is_one_message(tiny_config, run_command):
+    limited = f"ulimit -f 1; exec {sys.executable} -m hydra_dist.train {tiny_config}"  # files of at most 1,024 bytes
+    done = run_command(["bash", "-c", limited])
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hydra_dist.config import ModelConfig, OptimizerConfig
+from hydra_dist.model import Transformer
 from hydra_dist.train import optimizer as module
-from hydra_dist.train.optimizer import Muon, orthogonalise
+from hydra_dist.train.optimizer import Muon, build_optimizer, orthogonalise
 
 SHAPES = [(8, 3), (3, 8), (5, 5), (1, 7)]
 SETTINGS = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "shapes": SHAPES}
@@ -86,6 +88,19 @@ def test_other_groups_are_plain_adamw():
         plain.grad = torch.full((4,), 0.5)
         adamw.step()
     assert torch.equal(bias, plain.detach())
+
+
+def test_only_linear_layers_of_the_blocks_are_matrices():
+    model = Transformer(ModelConfig(vocab_size=11, num_layers=1, hidden_size=16, head_dim=8))
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimizerConfig(name="muon", weight_decay=0.5), None)
+    assert {names[id(p)] for p in optimizer.param_groups[0]["params"]} == {
+        f"layers.0.{name}.weight" for name in ("attention.down", "attention.output", "mlp.gate_up", "mlp.down")
+    }
+    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert "layers.0.attention.convs.depthwise_weight" not in decayed
+    assert "embedding.weight" not in decayed
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
 
 def test_the_iteration_has_the_published_coefficients():
