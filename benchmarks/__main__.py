@@ -112,6 +112,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     asked = parser.parse_args(arguments)
     if not (asked.names or asked.all or asked.gpu or asked.list or asked.table or asked.readme):
         parser.error("name a benchmark, or use --all, --gpu, --list, --table or --readme")
+    if asked.names and asked.all:
+        parser.error("--all means every benchmark; name some, or use --all")
     return asked
 
 

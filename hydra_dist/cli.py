@@ -25,7 +25,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value .
 def check(
     config: ConfigPath,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option(help="How many processes torchrun will start.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="How many processes torchrun will start.")] = 1,
 ) -> None:
     """Find every mistake that can be known before a process is started."""
     from hydra_dist.config_file import load_config
@@ -46,7 +46,7 @@ def check(
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    processes: Annotated[int | None, typer.Option(help="Default: one per GPU, or context.size on a CPU.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Default: one a GPU, or context.size on a CPU.")] = None,
 ) -> None:
     """Check the configuration, then train on this machine through torchrun."""
     import torch

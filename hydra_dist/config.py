@@ -24,12 +24,15 @@ Tokens = Annotated[int, BeforeValidator(parse_count), Field(gt=0, lt=2**48)]
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """Strict and frozen: a number in quotes or an unknown key is a mistake, not a guess."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -58,6 +61,10 @@ class ModelConfig(Section):
     conv_kernel_sizes: tuple[Count, Count] = Field(default=(2, 2), strict=False)
     """Taps of the depthwise and of the head-grouped causal convolution (CCGQA)."""
     use_convs: bool = True
+    recency_bias: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """Starting value of the grouped convolution's bias in the rotated dimensions (CCGQA). Above 0, attention starts
+    with a preference for near rows, the stronger the larger it is beside the latents (whose entries are about
+    init_std x sqrt(hidden_size)); short runs on long rows then learn sooner."""
     use_qk_mean: bool = True
     use_qk_norm: bool = True
     use_value_shift: bool = True
@@ -85,8 +92,8 @@ class ModelConfig(Section):
             if data.get(heads) is not None or not all(isinstance(n, int) and n > 0 for n in (hidden_size, head_dim)):
                 continue
             if factor is None:
-                data[heads] = max(1, hidden_size // head_dim)
-            elif isinstance(factor, int) and factor > 0:
+                factor = 1
+            if isinstance(factor, int) and factor > 0:
                 if hidden_size % (factor * head_dim):
                     works = [c for c in range(1, hidden_size // head_dim + 1) if hidden_size % (c * head_dim) == 0]
                     raise ValueError(
@@ -179,14 +186,14 @@ class OptimizerConfig(Section):
     """``muon``: orthogonalised momentum for the matrices of the layers, AdamW for everything else."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Peak rate of AdamW."""
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), strict=False)
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), strict=False)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Largest global norm of the gradient; 0 switches clipping off."""
     muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
     """Peak rate of Muon."""
-    muon_momentum: Fraction = 0.95
+    muon_momentum: Decay = 0.95
 
 
 class ScheduleConfig(Section):

@@ -102,6 +102,8 @@ def test_heads_that_do_not_group_name_counts_that_do():
         ({"context__layout": "striped"}, "context.layout: 'striped': input should be 'zigzag' or 'contiguous'"),
         ({"context__size": 64}, "data.sequence_length 64 is shorter than the 128 pieces"),
         ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate"),
+        ({"optimizer__weight_decay": float("inf")}, "optimizer.weight_decay"),
+        ({"optimizer__betas": [0.9, 1.0]}, "optimizer.betas.1: 1.0: input should be less than 1"),
     ],
 )
 def test_mistakes_are_told_in_one_message_with_key_and_value(changes, words):
@@ -158,6 +160,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match="not YAML"):
         load_config(tmp_path / "bad.yaml")
+    (tmp_path / "twice.yaml").write_text("train:\n  steps: 1\n  steps: 2\n")
+    with pytest.raises(ConfigError, match='"steps" stands twice'):
+        load_config(tmp_path / "twice.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "binary.yaml")

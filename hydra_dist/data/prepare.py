@@ -137,7 +137,7 @@ def _unchanged(output: Path, fingerprint: Fingerprint) -> Prepared:
         )
     for split in SPLITS:
         if manifest.shards(split):
-            Dataset(output, split)  # sizes are as they should be
+            Dataset(output, split, verify=True)
     with output_errors(output):
         (output / PROGRESS).unlink(missing_ok=True)  # left where a run was killed between manifest and clean-up
     return Prepared(output, manifest, "unchanged")

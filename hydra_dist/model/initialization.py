@@ -7,7 +7,10 @@ model has and in whatever order it was built.
   stream are divided by sqrt(2 x layers), so that its size does not grow with depth (Radford et al. 2019, section 2.3).
 - Convolutions: the identity (1 at the current row's tap) plus uniform noise, a tenth of torch's default for Conv1d.
   The default, noise alone, leaves a query and its group's key to the q-k-mean at first, which makes them nearly the
-  same vector: a row then sees mostly itself. Their biases start at 0.
+  same vector: a row then sees mostly itself. Their biases start at 0, or
+  in the rotated dimensions at ``recency_bias``: queries and keys then share a constant direction, whose inner product
+  after the rotation falls about linearly with the log of the distance, so a row starts by attending to others as a
+  power of their distance instead of evenly to all rows before it.
 - Norm weights 1, tau 0 (temperature 1).
 """
 
@@ -53,11 +56,10 @@ def initialize(model: nn.Module, seed: int, *, init_std: float | None = None) ->
             std = init_std / math.sqrt(2 * num_layers) if id(module) in outputs else init_std
             generator = _generator(seed, f"{module_name}.{name}" if module_name else name)
             parameter.copy_(_starting_values(module, name, parameter, std, generator))
-    import os
-
-    for module in model.modules():
-        if isinstance(module, CCGQA) and module.convs is not None:
-            module.convs.grouped_bias[:, : module.rope_dim] = float(os.environ.get("RECENCY", "0"))
+    if isinstance(model, Transformer):
+        for module in model.modules():
+            if isinstance(module, CCGQA) and module.convs is not None:
+                module.convs.grouped_bias[:, : module.rope_dim] = model.config.recency_bias
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -92,8 +92,8 @@ class Engine:
 def deepspeed_config(config: Config, mesh: Mesh, precision: str, num_parameters: int) -> dict[str, Any]:
     """What DeepSpeed is told; everything it would otherwise decide by itself is said."""
     stage = config.zero.stage
-    # Buckets are allocated whole, so none is larger than the model.
-    bucket = min(LARGEST_BUCKET, num_parameters)
+    # Buckets are allocated whole, so none is larger than the model; DeepSpeed wants an even number.
+    bucket = min(LARGEST_BUCKET, num_parameters + num_parameters % 2)
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,

@@ -32,7 +32,8 @@ from hydra_dist.train.evaluate import evaluate, write_evaluation
 from hydra_dist.train.mesh import Mesh
 from hydra_dist.train.metrics import Metrics, read_metrics
 from hydra_dist.train.plots import plot_loss
-from hydra_dist.train.preflight import Prepared, data_order
+from hydra_dist.train.preflight import Prepared
+from hydra_dist.train.resume import kept_settings
 from hydra_dist.train.schedule import learning_rate_factor
 
 
@@ -171,15 +172,20 @@ class Trainer:
             keep=self.config.checkpoint.keep,
         )
 
-    def evaluate(self, metrics: Metrics | None) -> dict[str, Any]:
-        """Score the held-out rows and write ``evaluation.json``; collective."""
+    def evaluate(self, metrics: Metrics | None) -> dict[str, Any] | None:
+        """Score the held-out rows and write ``evaluation.json``; collective. None where no document was held out."""
+        held_out = self.prepared.held_out
+        if held_out is None:
+            if metrics:
+                metrics.message("no document of this corpus was held out, so nothing is evaluated")
+            return None
         self.engine.module.eval()
 
         def token_nll(tokens: Tensor, plan: Any, targets: Tensor) -> Tensor:
             with torch.no_grad():
                 return self.engine.forward(tokens, plan, targets=targets, reduction="none")
 
-        result = evaluate(token_nll, self.prepared.held_out, self.context, self.mesh, self.config.evaluate.max_rows)
+        result = evaluate(token_nll, held_out, self.context, self.mesh, self.config.evaluate.max_rows)
         self.engine.module.train()
         result = {"step": self.step, **result}
         if metrics:
@@ -229,7 +235,7 @@ class Trainer:
             "precision": self.precision,
             "model": self.prepared.model.model_dump(mode="json"),
             "tokenizer_sha256": self.prepared.train.dataset.tokenizer_sha256,
-            "extra": data_order(self.config, self.mesh.data_size),
+            "extra": kept_settings(self.config, self.mesh.data_size),
         }
 
     def _write_description(self) -> None:

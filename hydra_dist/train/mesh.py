@@ -44,11 +44,11 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def choose_device(wanted: str) -> torch.device:
+def choose_device(wanted: str, key: str = "train.device") -> torch.device:
     """The device of this process: its own GPU (by LOCAL_RANK) or the CPU. ConfigError where ``cuda`` is not there."""
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise ConfigError("train.device: cuda: this machine has no GPU that torch can use; cpu or auto works")
+        raise ConfigError(f"{key}: cuda: this machine has no GPU that torch can use; cpu or auto works")
     if wanted == "cpu" or not available:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -17,6 +17,8 @@ def load_model(run: Path, device: torch.device) -> Transformer:
 
     Raises ConfigError where the folder is no run or has no checkpoint yet, RunError where the checkpoint is corrupt.
     """
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"{run} is a file; the folder of a run, such as runs/quickstart, works")
     newest = checkpoint.latest(run / "checkpoints")
     if newest is None:
         runs = sorted(str(p.parent) for p in run.parent.glob("*/checkpoints")) if run.parent.is_dir() else []
@@ -44,7 +46,7 @@ def sample(
     """``prompt`` and what the model makes of it: at most ``tokens`` more tokens, fewer where the document ends."""
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: auto, cpu or cuda works")
-    where = choose_device(device)
+    where = choose_device(device, key="--device")
     model = load_model(run, where)
     tokenizer = load_tokenizer(run / "tokenizer.json")
     start = torch.tensor([[tokenizer.begin_id, *tokenizer.encode(prompt)]], device=where)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hydra_dist.model import CCGQA, Transformer, initialize, parameter_groups
+from hydra_dist.model.sequence import WholeSequence
 
 
 def values(model):
@@ -54,6 +55,29 @@ def test_sizes(model_config):
             assert not p.any(), name
         elif "norm" in name:
             assert (p == 1).all(), name
+
+
+def test_a_recency_bias_makes_near_rows_count_more(model_config):
+    """Attention of the first layer at its start: with the bias the weights fall with distance, without they do not."""
+    heads = {"hidden_size": 64, "head_dim": 32, "num_query_heads": 1, "num_key_heads": 1}
+    scores = {}
+    for bias in (0.0, 2.0):
+        model = Transformer(model_config(**heads, recency_bias=bias))
+        initialize(model, 0)
+        probe = KeepsScores(513, torch.device("cpu"))
+        model.layers[0].attention(torch.randn(1, 513, 64), probe)
+        scores[bias] = [float(probe.last[a:b].mean()) for a, b in ((1, 4), (4, 16), (16, 64), (64, 256), (256, 512))]
+    assert scores[2.0] == sorted(scores[2.0], reverse=True)
+    assert scores[2.0][0] - scores[2.0][-1] > 1.0
+    assert scores[0.0] != sorted(scores[0.0], reverse=True)
+
+
+class KeepsScores(WholeSequence):
+    """Keeps the scores of the last row, nearest first."""
+
+    def attention(self, q, k, v, causal=True, window=None):
+        self.last = ((q[0, -1, 0] @ k[0, :, 0].t()) / q.shape[-1] ** 0.5).detach().flip(0)
+        return super().attention(q, k, v, causal, window)
 
 
 def test_convolutions_start_near_the_identity():

@@ -74,6 +74,40 @@ def test_a_corrupt_shard_is_found_and_named(own_corpus, tiny_config):
     assert shard.name in str(error)
 
 
+def test_a_checkpoint_of_another_tokenizer(finished_run, tiny_config, tmp_path):
+    from hydra_dist.data import prepare
+
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / "text" / f"{number}.txt").write_text("the ring passes keys and values from rank to rank " * 20)
+    prepare([tmp_path / "text"], tmp_path / "other", "train:280", eval_fraction=0.25)
+    error = refused(tiny_config, f"data.directory={tmp_path / 'other'}")
+    assert isinstance(error, ConfigError)
+    assert "another tokenizer" in str(error)
+
+
+def test_check_reads_the_checkpoint_that_a_run_would_go_on_from(finished_run, tiny_config):
+    weights = next(finished_run.glob("checkpoints/step-*/weights-*"))
+    damaged = bytearray(weights.read_bytes())
+    damaged[-8] ^= 1
+    weights.write_bytes(damaged)
+    error = refused(tiny_config, verify=True)
+    assert isinstance(error, RunError)
+    assert weights.name in str(error)
+
+
+def test_a_corpus_without_held_out_documents_trains(tiny_config, tmp_path, run_command):
+    from hydra_dist.data import prepare
+
+    (tmp_path / "book.txt").write_text("one book alone, and nothing to hold out of it\n" * 60)
+    prepare([tmp_path / "book.txt"], tmp_path / "book", "byte")
+    settings = [f"data.directory={tmp_path / 'book'}", "train.steps=1"]
+    done = run_command([sys.executable, "-m", "hydra_dist.train", str(tiny_config), *settings])
+    assert done.returncode == 0, done.stderr
+    assert "nothing is evaluated" in done.stdout
+    assert (tmp_path / "run" / "loss.png").exists()
+
+
 def test_a_folder_that_cannot_be_written(tiny_config):
     blocked = tiny_config.parent / "file"
     blocked.write_text("in the way")
@@ -91,6 +125,8 @@ def test_a_disk_without_room_for_the_checkpoints(tiny_config, monkeypatch):
 
 
 def test_checkpoints_of_another_model_or_damaged_ones(finished_run, tiny_config):
+    error = refused(tiny_config, "optimizer.name=muon")
+    assert "optimizer.name=adamw, or another run.directory, works" in str(error)
     error = refused(tiny_config, "model.num_layers=3")
     assert isinstance(error, ConfigError)
     assert "num_layers" in str(error)
