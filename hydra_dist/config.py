@@ -70,6 +70,8 @@ class ModelConfig(Section):
     use_value_shift: bool = True
     window: Count | None = None
     """Sliding window in tokens: a row sees itself and window - 1 rows before it. None: all rows before it."""
+    layer_windows: tuple[Count | None, ...] | None = Field(default=None, strict=False, min_length=1)
+    """Windows layer by layer, over again where the list is shorter than the layers; overrides ``window``."""
     rope_fraction: Fraction = 0.5
     """Share of each head's dimensions that is rotated."""
     rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
@@ -122,6 +124,12 @@ class ModelConfig(Section):
         if self.attention == "ccgqa" and self.use_value_shift and self.num_key_heads * self.head_dim % 2:
             raise ValueError("model.use_value_shift needs an even num_key_heads x head_dim")
         return self
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of every layer."""
+        cycle = self.layer_windows or (self.window,)
+        return tuple(cycle[layer % len(cycle)] for layer in range(self.num_layers))
 
     @property
     def queries_per_key(self) -> int:

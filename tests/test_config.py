@@ -82,6 +82,21 @@ def test_compression_that_gives_no_whole_heads_names_factors_that_do():
         build_config(base)
 
 
+@pytest.mark.parametrize(
+    ("given", "windows"),
+    [
+        ({}, (None, None, None)),
+        ({"window": 64}, (64, 64, 64)),
+        ({"layer_windows": [64, None]}, (64, None, 64)),
+        ({"layer_windows": [8, None, 16, 32], "window": 64}, (8, None, 16)),
+    ],
+)
+def test_windows_go_round_over_the_layers(given, windows):
+    changes = {f"model__{key}": value for key, value in given.items()}
+    assert build_config(settings(model__num_layers=3, **changes)).model.windows == windows
+    assert "model.layer_windows" in message(model__layer_windows=[])
+
+
 def test_heads_that_do_not_group_name_counts_that_do():
     text = message(model__num_query_heads=12, model__num_key_heads=5)
     assert "12 is not a multiple of model.num_key_heads 5; 10 or 15 query heads, or 4 key heads, work" in text

@@ -89,7 +89,9 @@ def training_flops_per_token(
     runs everything in a layer but attention once more.
     """
     forward = forward_flops(model)
-    attention = forward.attention * score_pairs(sequence_length, model.window, document_lengths) / sequence_length
+    lengths = None if document_lengths is None else list(document_lengths)
+    pairs = sum(score_pairs(sequence_length, window, lengths) for window in model.windows) / model.num_layers
+    attention = forward.attention * pairs / sequence_length
     if activation_checkpointing is None:
         return 3 * (forward.layers + forward.head + attention)
     if activation_checkpointing not in ("none", "layer"):

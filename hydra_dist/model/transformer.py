@@ -28,10 +28,10 @@ ACTIVATION_CHECKPOINTING = ("none", "layer")
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = attention_layer(config)
+        self.attention = attention_layer(config, window)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config.hidden_size, config.mlp_size)
 
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, window) for window in config.windows)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config.vocab_size, config.hidden_size, loss_chunk_size)
         if config.tie_embeddings:
@@ -111,13 +111,13 @@ class Transformer(nn.Module):
         return rope_tables(positions, self.config.rope_dim, self.config.rope_theta, dtype)
 
 
-def attention_layer(config: ModelConfig) -> CCGQA | GQA:
-    """The attention layer that ``config`` asks for."""
+def attention_layer(config: ModelConfig, window: int | None) -> CCGQA | GQA:
+    """The attention layer that ``config`` asks for, with a window of its own."""
     shape = (config.hidden_size, config.num_query_heads, config.num_key_heads, config.head_dim)
     rows: dict[str, Any] = {
         "rope_dim": config.rope_dim,
         "rope_theta": config.rope_theta,
-        "window": config.window,
+        "window": window,
     }
     if config.attention == "gqa":
         return GQA(*shape, **rows)

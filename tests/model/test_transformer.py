@@ -203,3 +203,17 @@ def test_what_cannot_work_is_refused(model_config):
         Transformer(model_config(vocab_size=None))
     with pytest.raises(ConfigError, match=r'layers: none or layer works \(did you mean "layer"\?\)'):
         Transformer(model_config(), activation_checkpointing="layers")
+
+
+def test_every_layer_has_a_window_of_its_own(model_config):
+    model = Transformer(model_config(num_layers=3, layer_windows=(4, None)))
+    assert [layer.attention.window for layer in model.layers] == [4, None, 4]
+    initialize(model, 0)
+    tokens = torch.randint(model.config.vocab_size, (1, 40))
+    changed = tokens.clone()
+    changed[0, 0] = (changed[0, 0] + 1) % model.config.vocab_size
+    reach = (model(tokens) != model(changed)).any(-1)[0]
+    assert reach.all(), "the full layer passes on the first row to all others"
+    narrow = Transformer(model_config(num_layers=3, window=4))
+    initialize(narrow, 0)
+    assert not (narrow(tokens) != narrow(changed)).any(-1)[0, 30:].any()
