@@ -61,10 +61,9 @@ class ModelConfig(Section):
     conv_kernel_sizes: tuple[Count, Count] = Field(default=(2, 2), strict=False)
     """Taps of the depthwise and of the head-grouped causal convolution (CCGQA)."""
     use_convs: bool = True
-    recency_bias: Annotated[float, Field(ge=0, le=100)] = 0.0
-    """Starting value of the grouped convolution's bias in the rotated dimensions (CCGQA). Above 0, attention starts
-    with a preference for near rows, the stronger the larger it is beside the latents (whose entries are about
-    init_std x sqrt(hidden_size)); short runs on long rows then learn sooner."""
+    induction_layers: tuple[CountOrZero, ...] = Field(default=(), strict=False)
+    """CCGQA layers (counted from 0) that start as induction heads: a row attends to what followed earlier rows like it.
+    Short runs on long rows then use their context from the first steps. Full layers are the ones to choose."""
     use_qk_mean: bool = True
     use_qk_norm: bool = True
     use_value_shift: bool = True
@@ -121,6 +120,19 @@ class ModelConfig(Section):
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim {self.head_dim} is odd; {self.head_dim + 1} works")
+        too_high = [layer for layer in self.induction_layers if layer >= self.num_layers]
+        if too_high:
+            raise ValueError(
+                f"model.induction_layers has {too_high[0]}, and the last of {self.num_layers} layers is "
+                f"{self.num_layers - 1}; model.induction_layers=[{self.num_layers - 1}] works"
+            )
+        if self.induction_layers and not (
+            self.attention == "ccgqa" and self.use_convs and self.conv_kernel_sizes[0] > 1
+        ):
+            raise ValueError(
+                "model.induction_layers needs attention ccgqa with use_convs and a first kernel of 2 or more taps, "
+                "which bring the row before into the keys; model.induction_layers=[] works"
+            )
         if self.attention == "ccgqa" and self.use_value_shift and self.num_key_heads * self.head_dim % 2:
             raise ValueError("model.use_value_shift needs an even num_key_heads x head_dim")
         return self

@@ -113,6 +113,8 @@ def test_heads_that_do_not_group_name_counts_that_do():
         ({"modle__num_layers": 3}, 'modle: unknown key (did you mean "model"?)'),
         ({"model__num_layers": "3"}, "model.num_layers: '3': input should be a valid integer"),
         ({"model__num_layers": 0}, "model.num_layers: 0: input should be greater than 0"),
+        ({"model__induction_layers": [2]}, "model.induction_layers has 2, and the last of 2 layers is 1"),
+        ({"model__induction_layers": [0], "model__use_convs": False}, "model.induction_layers needs attention ccgqa"),
         ({"zero__stage": 4}, "zero.stage: 4: input should be 0, 1, 2 or 3"),
         ({"context__layout": "striped"}, "context.layout: 'striped': input should be 'zigzag' or 'contiguous'"),
         ({"context__size": 64}, "data.sequence_length 64 is shorter than the 128 pieces"),

@@ -7,10 +7,7 @@ model has and in whatever order it was built.
   stream are divided by sqrt(2 x layers), so that its size does not grow with depth (Radford et al. 2019, section 2.3).
 - Convolutions: the identity (1 at the current row's tap) plus uniform noise, a tenth of torch's default for Conv1d.
   The default, noise alone, leaves a query and its group's key to the q-k-mean at first, which makes them nearly the
-  same vector: a row then sees mostly itself. Their biases start at 0, or
-  in the rotated dimensions at ``recency_bias``: queries and keys then share a constant direction, whose inner product
-  after the rotation falls about linearly with the log of the distance, so a row starts by attending to others as a
-  power of their distance instead of evenly to all rows before it.
+  same vector: a row then sees mostly itself. Their biases start at 0. ``induction_layers`` start as described below.
 - Norm weights 1, tau 0 (temperature 1).
 """
 
@@ -57,9 +54,25 @@ def initialize(model: nn.Module, seed: int, *, init_std: float | None = None) ->
             generator = _generator(seed, f"{module_name}.{name}" if module_name else name)
             parameter.copy_(_starting_values(module, name, parameter, std, generator))
     if isinstance(model, Transformer):
-        for module in model.modules():
-            if isinstance(module, CCGQA) and module.convs is not None:
-                module.convs.grouped_bias[:, : module.rope_dim] = model.config.recency_bias
+        for layer in model.config.induction_layers:
+            attention = model.layers[layer].attention
+            assert isinstance(attention, CCGQA)
+            _start_as_induction(attention)
+
+
+def _start_as_induction(layer: CCGQA) -> None:
+    """Let queries look for the row that followed an earlier one like theirs (Olsson et al. 2022, arXiv 2209.11895).
+
+    Queries get the projection of their key head, so that equal rows match, and the keys' first convolution starts at
+    the row before instead of the current one: the key of a row answers to the row before it, and its value is the row.
+    """
+    assert layer.convs is not None
+    group = layer.num_query_heads // layer.num_key_heads
+    q_size = layer.num_query_heads * layer.head_dim
+    keys = layer.down.weight[q_size : layer.latent_size].unflatten(0, (layer.num_key_heads, layer.head_dim))
+    layer.down.weight[:q_size] = keys.repeat_interleave(group, dim=0).flatten(0, 1)
+    layer.convs.depthwise_weight[q_size:, -2] += 1.0
+    layer.convs.depthwise_weight[q_size:, -1] -= 1.0
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

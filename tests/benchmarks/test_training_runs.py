@@ -136,7 +136,7 @@ def test_window_control_judges(monkeypatch, costs, holds):
     order = []
 
     def fake(config, overrides, processes, device):
-        seed, windowed = overrides["train.seed"], overrides["model.window"] == "64"
+        seed, windowed = overrides["train.seed"], overrides.get("model.window") == 64
         order.append((seed, windowed))
         return Run([], evaluation(2.0 + seed + costs[seed] * windowed, 1.0 + windowed))
 

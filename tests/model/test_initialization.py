@@ -57,27 +57,29 @@ def test_sizes(model_config):
             assert (p == 1).all(), name
 
 
-def test_a_recency_bias_makes_near_rows_count_more(model_config):
-    """Attention of the first layer at its start: with the bias the weights fall with distance, without they do not."""
-    heads = {"hidden_size": 64, "head_dim": 32, "num_query_heads": 1, "num_key_heads": 1}
-    scores = {}
-    for bias in (0.0, 2.0):
-        model = Transformer(model_config(**heads, recency_bias=bias))
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
+def test_an_induction_layer_attends_to_what_followed_the_same_row(model_config, heads):
+    shape = {"hidden_size": 64, "head_dim": 32, "num_query_heads": heads[0], "num_key_heads": heads[1]}
+    rows = torch.randn(1, 40, 64)
+    rows[0, 39] = rows[0, 12]
+    ranks = {}
+    for induction in ((), (0,)):
+        model = Transformer(model_config(**shape, rope_fraction=0.0, induction_layers=induction))
         initialize(model, 0)
-        probe = KeepsScores(513, torch.device("cpu"))
-        model.layers[0].attention(torch.randn(1, 513, 64), probe)
-        scores[bias] = [float(probe.last[a:b].mean()) for a, b in ((1, 4), (4, 16), (16, 64), (64, 256), (256, 512))]
-    assert scores[2.0] == sorted(scores[2.0], reverse=True)
-    assert scores[2.0][0] - scores[2.0][-1] > 1.0
-    assert scores[0.0] != sorted(scores[0.0], reverse=True)
+        probe = KeepsScores(40, rows.device)
+        model.layers[0].attention(rows, probe)
+        ranks[bool(induction)] = sorted(range(39), key=lambda row: -float(probe.last[row]))
+    assert set(ranks[True][:2]) == {12, 13}, "the earlier occurrence and the row after it"
+    assert 13 not in ranks[False][:2]
 
 
 class KeepsScores(WholeSequence):
-    """Keeps the scores of the last row, nearest first."""
+    """Keeps the last row's scores over all rows, the lowest of its heads."""
 
     def attention(self, q, k, v, causal=True, window=None):
-        self.last = ((q[0, -1, 0] @ k[0, :, 0].t()) / q.shape[-1] ** 0.5).detach().flip(0)
-        return super().attention(q, k, v, causal, window)
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        self.last = torch.einsum("hd,shd->sh", q[0, -1], k[0]).detach().amin(1)
+        return super().attention(q, k[:, :, :: q.shape[2] // v.shape[2]], v, causal, window)
 
 
 def test_convolutions_start_near_the_identity():
