@@ -68,4 +68,4 @@ def test_the_ground_imports_no_torch(part):
 
 def test_files_are_read_in_one_sitting():
     lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert {name: length for name, length in lengths.items() if length > 320} == {}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}

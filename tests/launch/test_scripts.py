@@ -32,7 +32,7 @@ def test_the_linter_rejects_an_unquoted_path(tmp_path):
 def test_quickstart_prepares_checks_and_trains_on_two_processes(checkout):
     done = checkout.run("launch/quickstart.sh", "train.steps=50", 'run.directory="a b"')
     assert done.returncode == 0, done.stderr
-    data, check = checkout.calls("hydra_dist.cli")
+    data, check, sample = checkout.calls("hydra_dist.cli")
     assert data["arguments"] == [
         *("data", "prepare", "--input", "stdlib"),
         *("--output", "data/stdlib", "--tokenizer", "train:8192"),
@@ -45,19 +45,21 @@ def test_quickstart_prepares_checks_and_trains_on_two_processes(checkout):
     assert torchrun["cwd"] == str(checkout.root)
     assert torchrun["omp"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert torchrun["accelerator"] == "cpu"
-    assert f"{checkout.root}/a b" in done.stdout
+    assert sample["arguments"][:2] == ["generate", f"{checkout.root}/a b"]
+    for name in ("loss.png", "evaluation.json", "metrics.jsonl", "checkpoints"):
+        assert f"{checkout.root}/a b/{name}" in done.stdout
     assert checkout.calls("pip") == []
 
 
 def test_quickstart_reuses_the_corpus(checkout):
     for _ in range(2):
         assert checkout.run("launch/quickstart.sh").returncode == 0
-    assert [call["arguments"][0] for call in checkout.calls("hydra_dist.cli")] == ["data", "check", "check"]
+    assert [call["arguments"][0] for call in checkout.calls("hydra_dist.cli")] == ["data", *["check", "generate"] * 2]
 
 
 def test_another_corpus_is_not_prepared(checkout):
     assert checkout.run("launch/quickstart.sh", "data.directory=mine").returncode == 0
-    assert [call["arguments"][0] for call in checkout.calls("hydra_dist.cli")] == ["check"]
+    assert [call["arguments"][0] for call in checkout.calls("hydra_dist.cli")] == ["check", "generate"]
 
 
 def test_context_follows_the_gpus_and_what_is_typed_wins(checkout):

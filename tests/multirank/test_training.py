@@ -37,7 +37,7 @@ def settings(tiny_settings: dict[str, Any]) -> dict[str, Any]:
         **tiny_settings,
         "train": {"steps": STEPS, "device": "cpu", "precision": "fp32", "micro_batch_size": 2},
         "schedule": {"name": "constant", "warmup_steps": 0},
-        "optimizer": {"learning_rate": 1e-2},
+        "optimizer": {"learning_rate": 5e-3},
     }
 
 
