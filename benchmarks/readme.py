@@ -16,11 +16,13 @@ def render(results: Path = RESULTS) -> str:
     for benchmark in find_benchmarks().values():
         for path in results_of(benchmark.name, results):
             record = read_record(path)
+            usual = getattr(benchmark.load(), "SETTINGS", {})
+            changed = [f" --set {key}={value}" for key, value in record.settings.items() if usual.get(key) != value]
             verdict = "" if record.result.holds else " **The claim does not hold.**"
             parts.append(
                 f"### {record.claim.splitlines()[0]}\n\n{record.result.table.markdown()}\n\n"
                 f"{record.result.finding[:1].upper()}{record.result.finding[1:]}.{verdict} "
-                f"`python -m benchmarks {benchmark.name}`, {record.device}, {record.date[:10]}.\n"
+                f"`python -m benchmarks {benchmark.name}{''.join(changed)}`, {record.device}, {record.date[:10]}.\n"
             )
     waiting = [f"- `{row.benchmark}`: {row.row} (needs {row.needs})" for row in read_pending(results)]
     if waiting:
