@@ -101,6 +101,7 @@ class SequencePlan:
         positions: [S_local] int64, the global position of each local row.
         document_starts: [B, S_local], for each local row the global position at which its document begins; None for one
             document.
+        ages: [B, S_local] int32, rows of its document before each local row; None for one document.
         chunk_lengths: rows of each local chunk; local rows are these chunks one after another, and consecutive
             positions within each.
     """
@@ -113,10 +114,12 @@ class SequencePlan:
         self.chunk_lengths = tuple(stop - start for start, stop in geometry.local_chunks)
         self.positions = geometry.positions(device)
         self.document_starts: Tensor | None = None
+        self.ages: Tensor | None = None
         self._documents: Documents | None = None
         if document_starts is not None:
             self._documents = documents_of(document_starts, self.sequence_length)
             self.document_starts = sharding.shard(document_starts, 1, geometry).to(device)
+            self.ages = (self.positions - self.document_starts).to(torch.int32)
         self._traffic = Traffic(parent=context.traffic)
         self._transport = context.ring.counting(self._traffic)
         schedules = Schedules(geometry, self._documents)

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from hydra_dist.model.ccgqa import CCGQA, NORM_EPS
+from hydra_dist.model.ccgqa import CCGQA
+from hydra_dist.model.prologue import NORM_EPS
 
 
 def ccgqa_reference(layer: CCGQA, x: Tensor, document_starts: Tensor | None = None) -> Tensor:
@@ -29,6 +30,7 @@ def ccgqa_reference(layer: CCGQA, x: Tensor, document_starts: Tensor | None = No
 def _one_sequence(layer: CCGQA, x: Tensor, starts: list[int]) -> Tensor:
     Hq, Hk, D = layer.num_query_heads, layer.num_key_heads, layer.head_dim
     group = Hq // Hk
+    switches = layer.prologue.switches
     weight = layer.down.weight
     w_z, w_v = weight[: (Hq + Hk) * D], weight[(Hq + Hk) * D :]
     z = [w_z @ row for row in x]
@@ -38,12 +40,12 @@ def _one_sequence(layer: CCGQA, x: Tensor, starts: list[int]) -> Tensor:
         latent_q, latent_k = z[t][: Hq * D].view(Hq, D), z[t][Hq * D :].view(Hk, D)
         q = [y[h] for h in range(Hq)]
         k = [y[Hq + j] for j in range(Hk)]
-        if layer.use_qk_mean:
+        if switches.use_qk_mean:
             m = [(latent_q[h] + latent_k[h // group]) / 2 for h in range(Hq)]
             q = [q[h] + m[h] for h in range(Hq)]
             k = [k[j] + sum(m[j * group : (j + 1) * group]) / group for j in range(Hk)]
-        if layer.qk_norm is not None:
-            beta = layer.qk_norm.tau.exp()
+        if layer.prologue.tau is not None:
+            beta = _temperatures(layer.prologue.tau, layer.prologue.temperature)
             q = [math.sqrt(D) * q[h] / _length(q[h]) for h in range(Hq)]
             k = [beta[j] * math.sqrt(D) * k[j] / _length(k[j]) for j in range(Hk)]
         queries.append([_rotated(head, t, layer.rope_dim, layer.rope_theta) for head in q])
@@ -61,33 +63,39 @@ def _one_sequence(layer: CCGQA, x: Tensor, starts: list[int]) -> Tensor:
             weights = logits.softmax(0)
             seen = torch.stack([values[s][j] for s in range(first, t + 1)])
             heads.append(weights @ seen)
-        rows.append(layer.output.weight @ torch.cat(heads))
+        row = torch.cat(heads)
+        if layer.output_norm is not None:
+            row = row / torch.sqrt((row @ row) / len(row) + layer.output_norm.eps) * layer.output_norm.weight
+        rows.append(layer.output.weight @ row)
     return torch.stack(rows)
+
+
+def _temperatures(tau: Tensor, mode: str) -> Tensor:
+    return {"exp": tau.exp(), "raw": tau, "exp_clamp": tau.clamp(1e-7, 2).exp()}[mode]
 
 
 def _convolved(layer: CCGQA, z: list[Tensor], t: int, start: int) -> Tensor:
     """Row ``t`` of the second convolution's output, [heads, D]; without convolutions the latent itself."""
-    convs = layer.convs
-    if convs is None:
-        return z[t].view(-1, layer.head_dim)
-    k0, k1 = convs.kernel_sizes
-    D = layer.head_dim
+    taps, D = layer.prologue.taps, layer.head_dim
+    if taps is None:
+        return z[t].view(-1, D)
+    k0, k1 = layer.prologue.switches.kernel_sizes
 
     def u(s: int) -> Tensor:
         """First convolution; s may lie before the document, where z is zero and only the bias is left."""
-        total: Tensor = convs.depthwise_bias
+        total: Tensor = taps.b0
         for j in range(k0):
             source = s - (k0 - 1) + j
             if source >= start:
-                total = total + convs.depthwise_weight[:, j] * z[source]
+                total = total + taps.w0[:, j] * z[source]
         return total
 
     heads = []
-    for h in range(convs.num_heads):
-        total = convs.grouped_bias[h]
+    for h in range(layer.num_query_heads + layer.num_key_heads):
+        total = taps.b1[h]
         for j in range(k1):
-            taps = convs.grouped_weight[h, j * D : (j + 1) * D]  # [D in, D out]
-            total = total + u(t - (k1 - 1) + j)[h * D : (h + 1) * D] @ taps
+            matrix = taps.w1[h, j * D : (j + 1) * D]  # [D in, D out]
+            total = total + u(t - (k1 - 1) + j)[h * D : (h + 1) * D] @ matrix
         heads.append(total)
     return torch.stack(heads)
 

@@ -22,6 +22,7 @@ class LayerCache:
     """
 
     document_starts = None
+    ages = None
 
     def __init__(self) -> None:
         self.positions = torch.empty(0, dtype=torch.long)

@@ -8,7 +8,7 @@ model has and in whatever order it was built.
 - Convolutions: the identity (1 at the current row's tap) plus uniform noise, a tenth of torch's default for Conv1d.
   The default, noise alone, leaves a query and its group's key to the q-k-mean at first, which makes them nearly the
   same vector: a row then sees mostly itself. Their biases start at 0. ``induction_layers`` start as described below.
-- Norm weights 1, tau 0 (temperature 1).
+- Norm weights 1; tau so that the temperature is 1.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hydra_dist.model.ccgqa import CCGQA, QKNorm
-from hydra_dist.model.convolution import CausalConvolutions
+from hydra_dist.model.ccgqa import CCGQA
 from hydra_dist.model.gqa import GQA
 from hydra_dist.model.loss import Head
 from hydra_dist.model.mlp import MLP
 from hydra_dist.model.norm import RMSNorm
+from hydra_dist.model.prologue import START_OF_TAU, Prologue
 from hydra_dist.model.transformer import Transformer
 
 CUT = 3.0
@@ -66,13 +66,14 @@ def _start_as_induction(layer: CCGQA) -> None:
     Queries get the projection of their key head, so that equal rows match, and the keys' first convolution starts at
     the row before instead of the current one: the key of a row answers to the row before it, and its value is the row.
     """
-    assert layer.convs is not None
+    taps = layer.prologue.depthwise_weight
+    assert taps is not None
     group = layer.num_query_heads // layer.num_key_heads
     q_size = layer.num_query_heads * layer.head_dim
     keys = layer.down.weight[q_size : layer.latent_size].unflatten(0, (layer.num_key_heads, layer.head_dim))
     layer.down.weight[:q_size] = keys.repeat_interleave(group, dim=0).flatten(0, 1)
-    layer.convs.depthwise_weight[q_size:, -2] += 1.0
-    layer.convs.depthwise_weight[q_size:, -1] -= 1.0
+    taps[q_size:, -2] += 1.0
+    taps[q_size:, -1] -= 1.0
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -108,15 +109,18 @@ def _starting_values(
     values = torch.empty(parameter.shape)
     if isinstance(module, RMSNorm):
         return values.fill_(1.0)
-    if isinstance(module, QKNorm) or name.endswith("bias"):
+    if name.endswith("bias"):
         return values.zero_()
-    if isinstance(module, CausalConvolutions):
+    if isinstance(module, Prologue) and name == "tau":
+        return values.fill_(START_OF_TAU[module.temperature])
+    if isinstance(module, Prologue):
         bound = CONVOLUTION_NOISE / math.sqrt(values.shape[1])  # taps of a channel, or taps x channels of a head
         values.uniform_(-bound, bound, generator=generator)
         if name == "depthwise_weight":
             values[:, -1] += 1.0
         else:
-            values[:, -module.head_dim :] += torch.eye(module.head_dim)
+            head_dim = module.switches.head_dim
+            values[:, -head_dim:] += torch.eye(head_dim)
         return values
     if isinstance(module, nn.Linear | nn.Embedding | Head):
         return nn.init.trunc_normal_(values, std=std, a=-CUT * std, b=CUT * std, generator=generator)

@@ -26,12 +26,16 @@ class LocalSequence(Protocol):
         """[B, S] position of the first row of each row's document; None: one document."""
 
     @property
+    def ages(self) -> Tensor | None:
+        """[B, S] int32, rows of its document before each row; None: one document."""
+
+    @property
     def chunk_lengths(self) -> Listing[int]:
         """Local rows are these many runs of consecutive positions, one after another."""
 
-    def halo(self, parts: Listing[tuple[Tensor, int]]) -> list[Tensor]:
+    def halo(self, parts: Listing[tuple[Tensor, int]]) -> Listing[Tensor | None]:
         """For each (tensor [B, S, C], rows): the rows before each chunk [B, chunks, rows, C], zero outside of the
-        document of the chunk's first row."""
+        document of the chunk's first row; None where all of them are zero."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None) -> Tensor:
         """Attention of local rows over the whole sequence, [B, S, H, D] -> [B, S, Hq, D]."""
@@ -41,13 +45,14 @@ class WholeSequence:
     """One device, one document, positions from 0."""
 
     document_starts = None
+    ages = None
 
     def __init__(self, length: int, device: torch.device) -> None:
         self.positions = torch.arange(length, device=device)
         self.chunk_lengths = (length,)
 
-    def halo(self, parts: Listing[tuple[Tensor, int]]) -> list[Tensor]:
-        return [tensor.new_zeros(tensor.shape[0], 1, rows, tensor.shape[-1]) for tensor, rows in parts]
+    def halo(self, parts: Listing[tuple[Tensor, int]]) -> Listing[Tensor | None]:
+        return [None] * len(parts)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None) -> Tensor:
         return attention(q, k, v, mask=Mask(causal=causal, window=window))[0]

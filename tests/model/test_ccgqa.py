@@ -1,16 +1,15 @@
 """CCGQA against the same layer written row by row, with every switch, and wrong layers that the comparison rejects."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn import functional
 
-import hydra_dist.model.ccgqa as module
 from hydra_dist.context import ContextParallel
 from hydra_dist.errors import ConfigError
-from hydra_dist.model import CCGQA, GQA, ccgqa_reference
-from hydra_dist.model.convolution import CausalConvolutions
+from hydra_dist.model import CCGQA, GQA, ccgqa_reference, prologue_plain
+from hydra_dist.model.prologue import Prologue
 
 DOCUMENTS = torch.tensor([[0, 1, 2, 2, 2, 5, 5, 5, 5], [0, 0, 0, 3, 4, 4, 6, 6, 8]])  # some of one token
 SWITCHES = ("use_convs", "use_qk_mean", "use_qk_norm", "use_value_shift")
@@ -63,112 +62,117 @@ def test_window_and_rotation(rows_option, randomize, relative_error):
     assert compare(layer, True, relative_error) < 1e-12
 
 
-class ZeroBeforeTheSequence(CausalConvolutions):
+def zeros_before_the_sequence(monkeypatch):
     """Wrong: the second convolution is padded with zeros, not with the first one's bias."""
+    columns = prologue_plain._columns
 
-    def _grouped(self, u, bias, ages):
+    def wrong(u, ages, taps):
         u = u.clone()
-        u[:, : self.kernel_sizes[1] - 1] = 0
-        return super()._grouped(u, bias, ages)
+        u[: taps.w1.shape[1] // taps.w1.shape[2] - 1] = 0
+        return columns(u, ages, taps)
+
+    monkeypatch.setattr(prologue_plain, "_columns", wrong)
 
 
-class EachConvolutionPadded(CausalConvolutions):
-    """Wrong: every convolution gets its own zeros in front."""
-
-    def forward(self, z, ages=None):
-        (k0, k1), z = self.kernel_sizes, z[:, self.num_rows_before :]
-        u = self._depthwise(functional.pad(z, (0, 0, k0 - 1, 0)), None)
-        return self._grouped(functional.pad(u, (0, 0, k1 - 1, 0)), self.depthwise_bias, None)
-
-
-class ZeroAtDocuments(CausalConvolutions):
+def zeros_before_documents(monkeypatch):
     """Wrong inside packed rows only: a tap before the document reads 0 instead of the bias."""
+    columns = prologue_plain._columns
 
-    def forward(self, z, ages=None):
-        return self._grouped(self._depthwise(z, ages), torch.zeros_like(self.depthwise_bias), ages)
+    def wrong(u, ages, taps):
+        return columns(u, ages, replace(taps, b0=torch.zeros_like(taps.b0)))
 
-
-class DocumentsIgnored(CausalConvolutions):
-    def forward(self, z, ages=None):
-        return super().forward(z, None)
+    monkeypatch.setattr(prologue_plain, "_columns", wrong)
 
 
-class LatentFromConvolution(CCGQA):
-    """Wrong: the mean of what comes out of the convolutions."""
-
-    def _add_mean(self, q, k, latent):
-        return super()._add_mean(q, k, torch.cat([q, k], dim=2))
+def documents_ignored_by_convolutions(monkeypatch):
+    monkeypatch.setattr(prologue_plain, "_ages", lambda *_: None)
 
 
-class MeanOverAllHeads(CCGQA):
-    """Wrong: every head gets the average over all heads, not over its group."""
-
-    def _add_mean(self, q, k, latent):
-        latent_q, latent_k = latent.split([self.num_query_heads, self.num_key_heads], dim=2)
-        everything = 0.5 * (latent_q.mean(2, keepdim=True) + latent_k.mean(2, keepdim=True))
-        return q + everything, k + everything
+def mean_of_what_comes_out_of_the_convolutions(monkeypatch):
+    add = prologue_plain._add_mean
+    monkeypatch.setattr(
+        prologue_plain, "_add_mean", lambda q, k, latent, switches: add(q, k, torch.cat([q, k], dim=1), switches)
+    )
 
 
-class NormBeforeMean(CCGQA):
-    def _add_mean(self, q, k, latent):
-        return super()._add_mean(*self.qk_norm(q, k), latent)
+def mean_over_all_heads(monkeypatch):
+    def wrong(q, k, latent, switches):
+        latent_q, latent_k = latent.split([switches.num_query_heads, switches.num_key_heads], dim=1)
+        everything = 0.5 * (latent_q.mean(1, keepdim=True) + latent_k.mean(1, keepdim=True))
+        q += everything
+        k += everything
+
+    monkeypatch.setattr(prologue_plain, "_add_mean", wrong)
 
 
-class NoTemperature(CCGQA):
-    def _queries_and_keys(self, *args):
-        q, k = super()._queries_and_keys(*args)
-        return q, k / self.qk_norm.tau.exp().unsqueeze(-1)
+def no_mean(monkeypatch):
+    monkeypatch.setattr(prologue_plain, "_add_mean", lambda *_: None)
 
 
-def with_convolutions(kind):
-    def build(randomize):
-        layer = CCGQA(12, 4, 2, 4)
-        layer.convs = kind(6, 4, (2, 2))
-        return randomize(layer)
-
-    return build
+def no_temperature(monkeypatch):
+    monkeypatch.setattr(Prologue, "beta", lambda self: torch.ones(2, dtype=torch.float64))
 
 
-def with_layer(kind):
-    return lambda randomize: randomize(kind(12, 4, 2, 4))
+def values_without_delay(monkeypatch):
+    monkeypatch.setattr(
+        prologue_plain,
+        "_values",
+        lambda p, before, ages, lengths, s: p[..., s.latent_size :].clone().unflatten(-1, (2, 4)),
+    )
+
+
+def values_from_another_document(monkeypatch):
+    values = prologue_plain._values
+    monkeypatch.setattr(prologue_plain, "_values", lambda p, before, ages, *rest: values(p, before, None, *rest))
 
 
 @pytest.mark.parametrize(
-    "build, documents",
+    "spoil, documents",
     [
-        (with_convolutions(ZeroBeforeTheSequence), False),
-        (with_convolutions(EachConvolutionPadded), False),
-        (with_convolutions(ZeroAtDocuments), True),
-        (with_convolutions(DocumentsIgnored), True),
-        (with_layer(LatentFromConvolution), False),
-        (with_layer(MeanOverAllHeads), False),
-        (with_layer(NormBeforeMean), False),
-        (with_layer(NoTemperature), False),
+        (zeros_before_the_sequence, False),
+        (zeros_before_documents, True),
+        (documents_ignored_by_convolutions, True),
+        (mean_of_what_comes_out_of_the_convolutions, False),
+        (mean_over_all_heads, False),
+        (no_mean, False),
+        (no_temperature, False),
+        (values_without_delay, False),
+        (values_from_another_document, True),
     ],
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
-def test_the_comparison_rejects_wrong_layers(build, documents, randomize, relative_error):
-    assert compare(build(randomize), documents, relative_error) > 1e-3
+def test_the_comparison_rejects_wrong_layers(spoil, documents, monkeypatch, randomize, relative_error):
+    spoil(monkeypatch)
+    assert compare(randomize(CCGQA(12, 4, 2, 4)), documents, relative_error) > 1e-3
 
 
-def test_the_comparison_rejects_values_without_delay(monkeypatch, randomize, relative_error):
-    monkeypatch.setattr(module, "_delay_by_one", lambda rows, *_: rows)
-    assert compare(randomize(CCGQA(12, 4, 2, 4)), False, relative_error) > 1e-3
+@pytest.mark.parametrize("temperature", ["exp", "raw", "exp_clamp"])
+def test_temperatures(temperature, randomize, relative_error):
+    layer = randomize(CCGQA(12, 4, 2, 4, temperature=temperature))
+    with torch.no_grad():
+        layer.prologue.tau.copy_(torch.tensor([0.7, -0.3]))
+    assert compare(layer, True, relative_error) < 1e-12
+    if temperature != "exp":
+        layer.prologue.temperature = "exp"
+        other = layer.prologue.beta()
+        layer.prologue.temperature = temperature
+        assert not torch.allclose(layer.prologue.beta(), other)
 
 
-def test_the_comparison_rejects_values_from_another_document(monkeypatch, randomize, relative_error):
-    delay = module._delay_by_one
-    monkeypatch.setattr(module, "_delay_by_one", lambda rows, before, ages, seq: delay(rows, before, None, seq))
-    assert compare(randomize(CCGQA(12, 4, 2, 4)), True, relative_error) > 1e-3
+def test_a_raw_temperature_of_zero_learns(randomize, relative_error):
+    layer = randomize(CCGQA(12, 4, 2, 4, temperature="raw"))
+    with torch.no_grad():
+        layer.prologue.tau.zero_()
+    assert compare(layer, False, relative_error) < 1e-12
+    layer(rows()).square().mean().backward()
+    assert bool((layer.prologue.tau.grad != 0).all())
 
 
-def test_a_rotation_changes_no_length_so_norm_and_rotation_commute(randomize, relative_error):
-    layer = randomize(CCGQA(12, 4, 2, 4))
-    q, k = (torch.randn(1, 5, heads, 4, dtype=torch.float64) for heads in (4, 2))
-    rope = module.rope_tables(torch.arange(5), 4, 10.0, torch.float64)
-    norm_first = [module.rotate(x, rope) for x in layer.qk_norm(q, k)]
-    norm_last = layer.qk_norm(module.rotate(q, rope), module.rotate(k, rope))
-    for a, b in zip(norm_first, norm_last, strict=True):
-        assert relative_error(a, b) < 1e-14
+def test_norm_before_the_up_projection(randomize, relative_error):
+    layer = randomize(CCGQA(12, 4, 2, 4, use_output_norm=True))
+    assert compare(layer, True, relative_error) < 1e-12
+    layer.output_norm = None
+    assert "output_norm.weight" not in dict(CCGQA(12, 4, 2, 4).named_parameters())
 
 
 def test_gradcheck(randomize):
@@ -183,14 +187,14 @@ def test_gradcheck(randomize):
     assert torch.autograd.gradcheck(run, [x, *layer.parameters()])
 
 
-@pytest.mark.parametrize("fill, bound", [("zeros", 1.0), ("tau", 2.0)])
-def test_logits_are_bounded_by_temperature_and_head_size(fill, bound, randomize):
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_logits_are_bounded_by_temperature_and_head_size(temperature, randomize):
     layer = randomize(CCGQA(12, 2, 1, 8))
     with torch.no_grad():
-        layer.qk_norm.tau.fill_(0.0 if fill == "zeros" else torch.tensor(2.0).log())
-    q, k = layer.qk_norm(torch.randn(1, 50, 2, 8).double() * 30, torch.randn(1, 50, 1, 8).double() * 0.1)
+        layer.prologue.tau.fill_(temperature).log_()
+    q, k, _ = layer.queries_keys_values(rows(1, 50) * 30)
     logits = torch.einsum("bqhd,bkd->bhqk", q, k[:, :, 0]) / 8**0.5
-    assert logits.abs().max() <= bound * 8**0.5 * (1 + 1e-12)
+    assert 0.5 * temperature * 8**0.5 < logits.abs().max() <= temperature * 8**0.5 * (1 + 1e-12)
     torch.testing.assert_close(q.square().mean(-1), torch.ones(1, 50, 2, dtype=torch.float64))
 
 
@@ -199,8 +203,8 @@ def test_the_temperature_learns_from_the_start():
     for linear in (layer.down, layer.output):
         torch.nn.init.normal_(linear.weight)
     layer(rows()).square().mean().backward()
-    assert bool((layer.qk_norm.tau == 0).all())
-    assert bool((layer.qk_norm.tau.grad != 0).all())
+    assert bool((layer.prologue.tau == 0).all())
+    assert bool((layer.prologue.tau.grad != 0).all())
 
 
 def test_gradients_are_of_the_size_of_plain_attention():

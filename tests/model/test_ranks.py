@@ -96,7 +96,7 @@ class WithoutHalo(Changed):
     [
         WithoutHalo,
         lambda plan: Changed(plan, positions=torch.arange(len(plan.positions))),
-        lambda plan: Changed(plan, document_starts=None),
+        lambda plan: Changed(plan, ages=None),
     ],
     ids=["no halo", "local positions", "no documents in the convolutions"],
 )
@@ -105,7 +105,7 @@ def test_the_comparison_rejects_wrong_plans(wrong, model_config, relative_error)
     assert largest_error(config, 2, "zigzag", STARTS, relative_error, plan_of=wrong) > 1e-4
 
 
-def test_fp32_is_near_too(model_config, relative_error):
+def test_ranks_lose_no_more_in_fp32_than_one_device(model_config, relative_error):
     config = model_config()
     tokens, targets = batch()
 
@@ -116,6 +116,7 @@ def test_fp32_is_near_too(model_config, relative_error):
         loss.backward()
         return [loss.detach().double(), *(parameter.grad.double() for parameter in model.parameters())]
 
-    expected = step(config, None, "zigzag", STARTS)
+    exact = step(config, None, "zigzag", STARTS)
     summed = [sum(parts) for parts in zip(*run_ranks(4, run, timeout=60), strict=True)]
-    assert max(relative_error(a, b) for a, b in zip(summed, expected, strict=True)) < 2e-5
+    for ours, alone, expected in zip(summed, run(None), exact, strict=True):
+        assert relative_error(ours, expected) < 2 * relative_error(alone, expected) + 2e-6

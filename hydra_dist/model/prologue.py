@@ -1,0 +1,128 @@
+"""Everything in a CCGQA layer between the packed down-projection and attention.
+
+Two causal convolutions over the latent queries and keys, q-k-mean, q-k-norm with a temperature, rotation, and the value
+shift. The module holds the weights; ``prologue_operator`` computes. (ZeRO-3 gathers parameters for the module whose
+forward runs, so what one operator reads belongs to one module.)
+
+The first convolution acts on each channel by itself (depthwise, k0 taps), the second mixes the channels of one head
+(k1 taps); there is no activation between them, and both have a bias. Only the latent z is padded: before a sequence or
+a document z is zero, so the first convolution's output there is its bias, not zero.
+
+Source: Figliolia et al. 2025 (arXiv 2510.04476), section III and listing A.1.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hydra_dist.errors import ConfigError, nearest
+from hydra_dist.model.prologue_operator import prologue
+from hydra_dist.model.prologue_plain import Switches, Taps
+from hydra_dist.model.rope import Rope
+
+TEMPERATURES = ("exp", "raw", "exp_clamp")
+LOWEST_CLAMPED, HIGHEST_CLAMPED = 1e-7, 2.0
+"""Of tau in ``exp_clamp``, as in Zyphra's serving code for ZAYA1: the temperature is between 1 and 7.39."""
+START_OF_TAU = {"exp": 0.0, "raw": 1.0, "exp_clamp": 1e-2}
+"""A temperature of 1, with a gradient: tau = 0 lies below the clamp's lower edge, where it has none."""
+NORM_EPS = 1e-12
+"""Added to a head's squared length: only keeps the length of a zero vector from being divided by."""
+
+
+class Prologue(nn.Module):
+    """Projection [B, S, C + V] -> q [B, S, Hq, D], k and v [B, S, Hk, D]; C = (Hq + Hk) D, V = Hk D.
+
+    Args:
+        num_query_heads, num_key_heads, head_dim: Hq, Hk, D.
+        conv_kernel_sizes: k0 taps of the depthwise and k1 of the head-grouped convolution; None without convolutions.
+        use_qk_mean: add the un-convolved average of each query head and its key head.
+        use_qk_norm: every head is scaled to length sqrt(D), keys also by a temperature, so that no logit passes
+            temperature x sqrt(D). Without, logits are plain q k / sqrt(D), and there is no temperature.
+        use_value_shift: the second half of the value channels is that of the row before (zero at a document's first
+            row). With an odd number of key heads the cut goes through the middle of a head.
+        temperature: what the parameter tau, one a key head, means: ``exp``: exp(tau); ``raw``: tau itself, as released
+            checkpoints have it; ``exp_clamp``: exp(tau) with tau held between 1e-7 and 2, without gradient outside.
+
+    Parameters (None for what is switched off): depthwise_weight [C, k0] and grouped_weight [heads, k1 x D in, D out],
+    the last tap that of the current row; depthwise_bias [C] and grouped_bias [heads, D]; tau [Hk]. (torch's Conv1d
+    keeps the second as [C, D in, k1].)
+    """
+
+    def __init__(
+        self,
+        num_query_heads: int,
+        num_key_heads: int,
+        head_dim: int,
+        conv_kernel_sizes: tuple[int, int] | None,
+        use_qk_mean: bool,
+        use_qk_norm: bool,
+        use_value_shift: bool,
+        temperature: str = "exp",
+    ) -> None:
+        super().__init__()
+        if conv_kernel_sizes is not None and (len(conv_kernel_sizes) != 2 or min(conv_kernel_sizes) < 1):
+            raise ConfigError(f"conv_kernel_sizes {tuple(conv_kernel_sizes)} is not two positive numbers; (2, 2) works")
+        if temperature not in TEMPERATURES:
+            raise ConfigError(
+                f'temperature "{temperature}": known are {", ".join(TEMPERATURES)}{nearest(temperature, TEMPERATURES)}'
+            )
+        self.switches = Switches(
+            num_query_heads,
+            num_key_heads,
+            head_dim,
+            (1, 1) if conv_kernel_sizes is None else (conv_kernel_sizes[0], conv_kernel_sizes[1]),
+            use_qk_mean,
+            NORM_EPS / head_dim if use_qk_norm else None,
+            use_value_shift,
+        )
+        self.temperature = temperature
+        self.backend = "auto"
+        heads, channels = num_query_heads + num_key_heads, self.switches.latent_size
+        self.depthwise_weight = self.depthwise_bias = self.grouped_weight = self.grouped_bias = self.tau = None
+        if conv_kernel_sizes is not None:
+            self.depthwise_weight = nn.Parameter(torch.zeros(channels, conv_kernel_sizes[0]))
+            self.depthwise_bias = nn.Parameter(torch.zeros(channels))
+            self.grouped_weight = nn.Parameter(torch.zeros(heads, conv_kernel_sizes[1] * head_dim, head_dim))
+            self.grouped_bias = nn.Parameter(torch.zeros(heads, head_dim))
+        if use_qk_norm:
+            self.tau = nn.Parameter(torch.full((num_key_heads,), START_OF_TAU[temperature]))
+
+    @property
+    def num_rows_before(self) -> int:
+        """Rows before a chunk that the convolutions read."""
+        return self.switches.num_rows_before
+
+    @property
+    def taps(self) -> Taps | None:
+        """Weights of the convolutions; None without."""
+        taps = (self.depthwise_weight, self.depthwise_bias, self.grouped_weight, self.grouped_bias)
+        return None if self.depthwise_weight is None else Taps(*taps)  # type: ignore[arg-type]
+
+    def beta(self) -> Tensor | None:
+        """[Hk], the factor on the normalised keys, in fp32 or wider; None without norm."""
+        if self.tau is None:
+            return None
+        tau = self.tau.to(torch.promote_types(self.tau.dtype, torch.float32))
+        if self.temperature == "raw":
+            return tau
+        return (tau.clamp(LOWEST_CLAMPED, HIGHEST_CLAMPED) if self.temperature == "exp_clamp" else tau).exp()
+
+    def forward(
+        self,
+        p: Tensor,
+        z_before: Tensor | None,
+        v_before: Tensor | None,
+        ages: Tensor | None,
+        chunk_lengths: Sequence[int],
+        rope: Rope | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``prologue_plain.forward`` for the arguments."""
+        beta = self.beta()
+        # A raw temperature may be zero, and the operator's backward divides by what it is given.
+        inside = None if self.temperature == "raw" else beta
+        rows = (p, z_before, v_before, ages, chunk_lengths)
+        q, k, v = prologue(*rows, self.taps, inside, rope, self.switches, self.backend)
+        if beta is not None and inside is None:
+            k = (k * beta.unsqueeze(-1)).to(k.dtype)
+        return q, k, v
