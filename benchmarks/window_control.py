@@ -18,10 +18,10 @@ SETTINGS: dict[str, Setting] = {
     "config": "configs/quickstart.yaml",
     "window": 64,
     "steps": 0,
-    "seeds": 3,
+    "seeds": "3,4,5",
     "processes": 2,
 }
-"""``steps``: 0 takes the configuration's own."""
+"""``steps``: 0 takes the configuration's own. ``seeds``: none that the configuration was chosen with."""
 
 
 def run(options: Options) -> Result:
@@ -35,7 +35,7 @@ def run(options: Options) -> Result:
     }
     bits: dict[str, list[float]] = {name: [] for name in variants}
     far: dict[str, list[float]] = {name: [] for name in variants}
-    for seed in range(int(settings["seeds"])):
+    for seed in map(int, str(settings["seeds"]).split(",")):
         names = list(variants) if seed % 2 == 0 else list(reversed(variants))
         for name in names:
             overrides: dict[str, object] = {"train.seed": seed, "evaluate.every_steps": 0, **variants[name]}
@@ -53,7 +53,7 @@ def run(options: Options) -> Result:
         for name in variants
     )
     return Result(
-        holds=min(gains) > 0,
+        holds=min(short) > max(full),  # worse by more than the seeds' spread
         finding=f"a window of {window} costs {statistics.fmean(gains):.4f} bits per byte on average over "
         f"{len(gains)} seeds (from {min(gains):.4f} to {max(gains):.4f})",
         quantities={
