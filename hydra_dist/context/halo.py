@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hydra_dist.context.geometry import HaloMap
+from hydra_dist.context.handles import HANDLES
 from hydra_dist.context.transport import Direction, Transport
 
 
@@ -104,37 +105,65 @@ class HaloExchange:
         return received
 
 
-class Halo(torch.autograd.Function):
-    """``HaloExchange.gather``; its backward is the transpose."""
+@torch.library.custom_op("hydra_dist::halo", mutates_args=())
+def halo(tensors: list[Tensor], handle: int, rows: list[int], num_chunks: int) -> list[Tensor]:
+    """``HaloExchange.gather`` of the plan that ``handle`` names; its backward is the transpose.
 
-    @staticmethod
-    def forward(
-        ctx: Any, exchange: HaloExchange, shapes: list[tuple[int, int]], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
-        ctx.local_length = tensors[0].shape[1]
-        return tuple(exchange.gather(tensors, shapes))
+    Args:
+        tensors: each [B, S_local, C].
+        rows: of each tensor, before each of the ``num_chunks`` local chunks.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        sums = HaloTranspose.apply(ctx.exchange, ctx.local_length, *grads)
-        return (
-            None,
-            None,
-            *(grad if needed else None for grad, needed in zip(sums, ctx.needs_input_grad[2:], strict=True)),
-        )
+    Returns:
+        For each tensor [B, chunks, rows, C].
+    """
+    return _exchange(handle, rows, tensors[0]).gather(tensors, [(num_chunks, number) for number in rows])
 
 
-class HaloTranspose(torch.autograd.Function):
-    """``HaloExchange.scatter_add``, which refuses to be differentiated."""
+@halo.register_fake
+def _halo_fake(tensors: list[Tensor], handle: int, rows: list[int], num_chunks: int) -> list[Tensor]:
+    pairs = zip(tensors, rows, strict=True)
+    return [x.new_empty(x.shape[0], num_chunks, number, x.shape[2]) for x, number in pairs]
 
-    @staticmethod
-    def forward(ctx: Any, exchange: HaloExchange, local_length: int, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(exchange.scatter_add(grads, local_length))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("the halo exchange has no second derivative: differentiate once, without create_graph=True")
+@torch.library.custom_op("hydra_dist::halo_backward", mutates_args=())
+def halo_backward(grads: list[Tensor], handle: int, rows: list[int], local_length: int) -> list[Tensor]:
+    """``HaloExchange.scatter_add``: for each [B, chunks, rows, C] the gradient [B, S_local, C]."""
+    return _exchange(handle, rows, grads[0]).scatter_add(grads, local_length)
+
+
+@halo_backward.register_fake
+def _halo_backward_fake(grads: list[Tensor], handle: int, rows: list[int], local_length: int) -> list[Tensor]:
+    return [grad.new_empty(grad.shape[0], local_length, grad.shape[3]) for grad in grads]
+
+
+def _exchange(handle: int, rows: list[int], like: Tensor) -> HaloExchange:
+    exchange: HaloExchange = HANDLES.get(handle).halo_exchange(rows, like.device)
+    return exchange
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, handle, rows, _ = inputs
+    ctx.plan = HANDLES.get(handle)  # alive until backward is over
+    ctx.plain = (handle, rows, tensors[0].shape[1])
+    ctx.like = [(x.shape, x.dtype, x.device) for x in output]
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    # A halo that nothing depends on is sent as zeros: the other ranks wait for it.
+    whole = [
+        torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+        for grad, (shape, dtype, device) in zip(grads, ctx.like, strict=True)
+    ]
+    sums = torch.ops.hydra_dist.halo_backward(whole, *ctx.plain)
+    return list(sums), None, None, None
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise RuntimeError("the halo exchange has no second derivative: differentiate once, without create_graph=True")
+
+
+halo.register_autograd(_backward, setup_context=_setup_context)
+halo_backward.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
 def _as_bytes(piece: Tensor) -> Tensor:

@@ -4,19 +4,17 @@
 torch.compile and profilers see one node each, and selective activation checkpointing can keep ``out`` and ``lse``
 instead of sending all keys around once more (``SAVED_BY_CHECKPOINT``).
 
-Operators take tensors and plain values only, so the plan of a batch is named by a handle. The table of handles does not
-keep a plan alive; a plan lives as long as its owner or a backward pass that is still to come holds it.
+The plan of a batch is named by a handle (``handles.py``).
 """
 
-import itertools
-import threading
-import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 import hydra_dist.attention  # noqa: F401  (registers hydra_dist::attention)
+from hydra_dist.context import halo
+from hydra_dist.context.handles import HANDLES
 
 
 class Strategy(Protocol):
@@ -39,43 +37,6 @@ class Strategy(Protocol):
         window: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-class HasStrategy(Protocol):
-    """What a handle names: a plan."""
-
-    strategy: Strategy
-
-
-class Handles:
-    """Numbers that name living plans. Safe to use from several threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
-        self._plans: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-    def __len__(self) -> int:
-        return len(self._plans)
-
-    def add(self, plan: HasStrategy) -> int:
-        with self._lock:
-            handle = next(self._numbers)
-            self._plans[handle] = plan
-            return handle
-
-    def get(self, handle: int) -> HasStrategy:
-        with self._lock:
-            plan = self._plans.get(handle)
-        if plan is None:
-            raise RuntimeError(
-                f"plan {handle} of a context-parallel sequence no longer exists; keep what ContextParallel.plan() "
-                f"returned until the backward pass is over"
-            )
-        return plan
-
-
-HANDLES = Handles()
 
 
 @torch.library.custom_op("hydra_dist::context_attention", mutates_args=())
@@ -167,5 +128,9 @@ def _refuse_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:
 context_attention.register_autograd(_backward, setup_context=_setup_context)
 context_attention_backward.register_autograd(_refuse_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
-SAVED_BY_CHECKPOINT = [torch.ops.hydra_dist.context_attention.default, torch.ops.hydra_dist.attention.default]
+SAVED_BY_CHECKPOINT = [
+    torch.ops.hydra_dist.context_attention.default,
+    torch.ops.hydra_dist.attention.default,
+    torch.ops.hydra_dist.halo.default,
+]
 """Operators whose results are worth keeping when the rest of a layer is recomputed in the backward pass."""

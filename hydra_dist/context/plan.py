@@ -15,9 +15,10 @@ from torch import Tensor
 from hydra_dist.attention.operator import check_inputs
 from hydra_dist.context import sharding
 from hydra_dist.context.geometry import Documents, Geometry, Schedules
-from hydra_dist.context.halo import Halo, HaloExchange
+from hydra_dist.context.halo import HaloExchange
+from hydra_dist.context.handles import HANDLES
 from hydra_dist.context.mesh import AnyMesh, transports
-from hydra_dist.context.operator import HANDLES, Strategy
+from hydra_dist.context.operator import Strategy
 from hydra_dist.context.ring import Ring
 from hydra_dist.context.transport import Traffic
 from hydra_dist.costs.layout import LAYOUTS
@@ -201,22 +202,20 @@ class SequencePlan:
         if not parts:
             return []
         num_chunks = len(self.chunk_lengths)
-        for tensor, rows in parts:
+        for tensor, number in parts:
             if tensor.dim() != 3:
                 raise ValueError(f"a halo takes tensors [batch, rows, channels]; this one is {list(tensor.shape)}")
-            if rows < 0:
-                raise ValueError(f"a halo of {rows} rows was asked for; 0 or more is possible")
+            if number < 0:
+                raise ValueError(f"a halo of {number} rows was asked for; 0 or more is possible")
             self._check_rows("a halo's tensor", tensor)
-        device = parts[0][0].device
-        exchange = HaloExchange(
-            self._transport,
-            [self.geometry.halo_map(rows, device) for _, rows in parts],
-            [self._inside(rows, device) for _, rows in parts],
-        )
-        halos: tuple[Tensor, ...] = Halo.apply(
-            exchange, [(num_chunks, rows) for _, rows in parts], *(tensor for tensor, _ in parts)
-        )
-        return list(halos)
+        tensors, rows = zip(*parts, strict=True)
+        halos: list[Tensor] = torch.ops.hydra_dist.halo(list(tensors), self.handle, list(rows), num_chunks)
+        return halos
+
+    def halo_exchange(self, rows: Sequence[int], device: torch.device) -> HaloExchange:
+        """What moves the halos of tensors with these numbers of rows; for the operator."""
+        maps = [self.geometry.halo_map(number, device) for number in rows]
+        return HaloExchange(self._transport, maps, [self._inside(number, device) for number in rows])
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """What this rank sent for this plan so far: bytes, messages and hops, by direction and kind."""

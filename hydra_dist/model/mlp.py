@@ -43,6 +43,6 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         grads = torch.empty_like(gate_up)
         grad_gate, grad_up = grads.chunk(2, dim=-1)
-        torch.mul(functional.silu(gate), grad, out=grad_up)
+        grad_up.copy_(functional.silu(gate).mul_(grad))
         grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
         return grads

@@ -185,3 +185,9 @@ def test_wrong_shapes_are_named():
         seq.halo([(torch.zeros(1, 8, 2), 1)])
     with pytest.raises(ValueError, match="a halo of -1 rows"):
         seq.halo([(torch.zeros(2, 8, 2), -1)])
+
+
+def test_the_operator_passes_pytorchs_own_checks():
+    seq = ContextParallel().plan(12, document_starts("several", 12))
+    leaves = [torch.randn(2, 12, width, requires_grad=True) for width in (3, 2)]
+    torch.library.opcheck(torch.ops.hydra_dist.halo.default, (leaves, seq.handle, [3, 1], len(seq.chunk_lengths)))
