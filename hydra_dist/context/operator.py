@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hydra_dist.attention  # noqa: F401  (registers hydra_dist::attention)
-from hydra_dist.context import halo
+from hydra_dist.context import halo  # noqa: F401  (registers hydra_dist::halo)
 from hydra_dist.context.handles import HANDLES
 
 
