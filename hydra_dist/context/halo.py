@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hydra_dist.context.geometry import HaloMap
-from hydra_dist.context.handles import HANDLES
+from hydra_dist.context.handles import HANDLES, kept_alive
 from hydra_dist.context.transport import Direction, Transport
 
 
@@ -143,7 +143,7 @@ def _exchange(handle: int, rows: list[int], like: Tensor) -> HaloExchange:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, handle, rows, _ = inputs
-    ctx.plan = HANDLES.get(handle)  # alive until backward is over
+    ctx.plan = kept_alive(handle)
     ctx.plain = (handle, rows, tensors[0].shape[1])
     ctx.like = [(x.shape, x.dtype, x.device) for x in output]
 

@@ -1,7 +1,7 @@
 """Names for the plans of batches, which operators take instead of the plans themselves.
 
 An operator's arguments are tensors and plain values. The table of handles does not keep a plan alive; a plan lives as
-long as its owner or a backward pass that is still to come holds it.
+long as its owner, or a backward pass that is still to come, holds it.
 """
 
 import itertools
@@ -46,6 +46,14 @@ class Handles:
                 f"returned until the backward pass is over"
             )
         return plan
+
+
+def kept_alive(handle: int) -> Named | None:
+    """The plan that a backward pass has to hold; None while code is traced, where the handle is a symbol.
+
+    Compiled code keeps the number alone, so whoever calls it holds the plan until backward is over.
+    """
+    return HANDLES.get(handle) if isinstance(handle, int) else None
 
 
 HANDLES = Handles()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import hydra_dist.attention  # noqa: F401  (registers hydra_dist::attention)
 from hydra_dist.context import halo  # noqa: F401  (registers hydra_dist::halo)
-from hydra_dist.context.handles import HANDLES
+from hydra_dist.context.handles import HANDLES, kept_alive
 
 
 class Strategy(Protocol):
@@ -109,7 +109,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse)
-    ctx.plan = HANDLES.get(handle)  # alive until backward is over
+    ctx.plan = kept_alive(handle)
     ctx.plain = (handle, causal, window, scale)
 
 
