@@ -80,6 +80,43 @@ def generate(
     print(sample(run, prompt, tokens, temperature=temperature, top_p=top_p, seed=seed, device=device))
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; new or empty.")],
+    checkpoint: Annotated[int | None, typer.Option(min=0, help="Step of the checkpoint; default: the newest.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file, such as 5GB or 500MB.")] = "5GB",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    skip_unmatched: Annotated[bool, typer.Option(help="Leave out weights that have no counterpart there.")] = False,
+) -> None:
+    """Write a run's weights in the names of Hugging Face's transformers: llama (gqa) or zaya (ccgqa)."""
+    from hydra_dist.export import export_run
+
+    print(
+        export_run(
+            run,
+            output,
+            step=checkpoint,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            skip_unmatched=skip_unmatched,
+        )
+    )
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    output: Annotated[Path, typer.Option(help="The new run's folder.")],
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Make the vocabulary this large.")] = None,
+    skip_unmatched: Annotated[bool, typer.Option(help="Leave out weights that have no counterpart here.")] = False,
+) -> None:
+    """Make a run of a llama or zaya model of Hugging Face's transformers."""
+    from hydra_dist.export import import_run
+
+    print(import_run(folder, output, vocab_size=vocab_size, skip_unmatched=skip_unmatched))
+
+
 @data_app.command()
 def prepare(
     inputs: Annotated[

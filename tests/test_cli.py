@@ -4,8 +4,13 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
-from hydra_dist.cli import repeat_option
+from hydra_dist.cli import app, repeat_option
+from hydra_dist.config import ModelConfig
+from hydra_dist.model import Transformer
+from hydra_dist.model.interop import CONFIG, new_folder, to_hugging_face, write_json, write_weights
+from hydra_dist.model.interop.files import WEIGHTS
 
 
 @pytest.mark.parametrize(
@@ -47,5 +52,41 @@ def test_help_loads_no_torch():
     program += "try:\n    main()\nexcept SystemExit:\n    print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "False"
-    for command in ("check", "train", "generate", "data"):
+    for command in ("check", "train", "generate", "data", "export", "import"):
         assert command in done.stdout
+
+
+@pytest.fixture
+def llama_folder(tmp_path):
+    """A small llama in Hugging Face's names."""
+    model = ModelConfig(
+        vocab_size=19, num_layers=1, hidden_size=16, head_dim=4, num_query_heads=4, num_key_heads=2,
+        attention="gqa", rope_fraction=1.0,
+    )  # fmt: skip
+    exported = to_hugging_face(model, dict(Transformer(model).named_parameters()))
+    with new_folder(tmp_path / "llama") as folder:
+        write_weights(folder, exported.tensors, 10**9)
+        write_json(folder / CONFIG, exported.config)
+    return tmp_path / "llama"
+
+
+def test_import_and_export_give_the_same_weights(llama_folder, tmp_path):
+    runner = CliRunner()
+    done = runner.invoke(app, ["import", str(llama_folder), "--output", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert "model.yaml" in done.output
+    done = runner.invoke(
+        app, ["export", str(tmp_path / "run"), "--output", str(tmp_path / "back"), "--checkpoint", "0"]
+    )
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "back" / WEIGHTS).read_bytes() == (llama_folder / WEIGHTS).read_bytes()
+
+
+def test_a_folder_that_cannot_be_imported_is_one_line_and_exit_code_2(llama_folder, tmp_path, run_command):
+    (llama_folder / CONFIG).write_text('{"model_type": "lama"}')
+    command = [sys.executable, "-m", "hydra_dist.cli", "import", "llama", "--output", "run"]
+    done = run_command(command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: llama/config.json: model_type is 'lama'")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

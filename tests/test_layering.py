@@ -10,11 +10,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "hydra_dist"
 GROUND = {"config", "config_file", "errors", "costs"}
 BELOW = {
-    "cli": {"train", "data"},
+    "cli": {"export", "train", "data"},
+    "export": {"train", "model", "data"},
     "train": {"model", "context", "data", "attention"},
-    "model": {"context", "attention"},
+    "model": {"context", "attention", "kernels"},
     "context": {"attention"},
-    "attention": set(),
+    "attention": {"kernels"},
+    "kernels": set(),
     "data": set(),
     "costs": set(),
     "config_file": set(),

@@ -8,7 +8,7 @@ model has and in whatever order it was built.
 - Convolutions: the identity (1 at the current row's tap) plus uniform noise, a tenth of torch's default for Conv1d.
   The default, noise alone, leaves a query and its group's key to the q-k-mean at first, which makes them nearly the
   same vector: a row then sees mostly itself. Their biases start at 0. ``induction_layers`` start as described below.
-- Norm weights 1; tau so that the temperature is 1.
+- Norm weights 1; tau so that the temperature is 1 (``exp_clamp``: 1.01, inside the clamp, where tau has a gradient).
 """
 
 import hashlib

@@ -4,10 +4,6 @@ Two causal convolutions over the latent queries and keys, q-k-mean, q-k-norm wit
 shift. The module holds the weights; ``prologue_operator`` computes. (ZeRO-3 gathers parameters for the module whose
 forward runs, so what one operator reads belongs to one module.)
 
-The first convolution acts on each channel by itself (depthwise, k0 taps), the second mixes the channels of one head
-(k1 taps); there is no activation between them, and both have a bias. Only the latent z is padded: before a sequence or
-a document z is zero, so the first convolution's output there is its bias, not zero.
-
 Source: Figliolia et al. 2025 (arXiv 2510.04476), section III and listing A.1.
 """
 
@@ -17,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from hydra_dist.errors import ConfigError, nearest
+from hydra_dist.model.convolution import Taps
 from hydra_dist.model.prologue_operator import prologue
-from hydra_dist.model.prologue_plain import Switches, Taps
+from hydra_dist.model.prologue_plain import Switches
 from hydra_dist.model.rope import Rope
 
 TEMPERATURES = ("exp", "raw", "exp_clamp")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hydra_dist.errors import ConfigError, nearest
 from hydra_dist.model import prologue_plain
-from hydra_dist.model.prologue_plain import Switches, Taps
+from hydra_dist.model.convolution import Taps
+from hydra_dist.model.prologue_plain import Switches
 
 BACKENDS = ("triton", "plain")
 

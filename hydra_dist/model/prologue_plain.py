@@ -3,11 +3,10 @@
 It goes over blocks of rows that stay in the cache, and keeps for backward only what attention keeps anyway: a rotation
 changes no dot product, so the normalised queries and keys say everything about their own norm.
 
-In the formulas: z latent queries and keys, u and y outputs of the two convolutions, k0 and k1 their taps, i and d the
-delay of a tap (0 is the current row), inv one over a head's root mean square, R the rotation.
+In the formulas: y what comes out of the convolutions with the q-k-mean added, inv one over a head's root mean square,
+R the rotation, W1_d and db1 the second convolution's taps (d their delay) and the gradient of its bias.
 
-    u_s = b0 + sum_i w0_i * z_{s-i}            y_t = b1 + sum_d u_{t-d} W1_d         (a tap before the document: z = 0)
-    n = inv (y + mean)                         q = R n_q            k = beta R n_k
+    n = inv y                                  q = R n_q            k = beta R n_k
     dy_q = inv R^T (dq - q (q . dq) / D)       dy_k = inv beta R^T (dk - k (k . dk) / (D beta^2))
     dbeta = sum_t k . dk / beta                db0 = sum_d W1_d db1
 
@@ -19,6 +18,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from hydra_dist.model.convolution import Taps, convolve, convolve_backward
+from hydra_dist.model.value_shift import shift, shift_backward
 
 BLOCK_ROWS = 1024
 """Rows of a block: with 192 channels in fp32 one tensor of a block is 0.8 MB."""
@@ -51,17 +53,6 @@ class Switches:
     @property
     def num_rows_before(self) -> int:
         return sum(self.kernel_sizes) - 2
-
-
-@dataclass(frozen=True)
-class Taps:
-    """Weights of both convolutions, the last tap that of the current row: w0 [C, k0], b0 [C], w1 [heads, k1 D, D],
-    b1 [heads, D]."""
-
-    w0: Tensor
-    b0: Tensor
-    w1: Tensor
-    b1: Tensor
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,7 @@ def forward(
         at = (block.batch, slice(block.start, block.stop))
         z = _latent(p, z_before, block, switches).to(wide)
         latent = z[switches.num_rows_before :].unflatten(-1, (-1, D))
-        y = latent.clone() if taps is None else _convolved(z, _ages(ages, block, switches), taps, p.dtype).to(wide)
+        y = latent.clone() if taps is None else convolve(z, _ages(ages, block, switches), taps, p.dtype).to(wide)
         q_y, k_y = y.split(heads, dim=1)
         if switches.use_qk_mean:
             _add_mean(q_y, k_y, latent, switches)
@@ -123,7 +114,12 @@ def forward(
         if rope is not None:
             _rotate(y, rope[0][at[1]], rope[1][at[1]])
         q[at], k[at] = q_y, k_y
-    return q, k, _values(p, v_before, ages, chunk_lengths, switches), inv
+    values = p[..., switches.latent_size :]
+    if switches.value_shift:
+        v = shift(values, v_before, ages, chunk_lengths)
+    else:
+        v = values.clone(memory_format=torch.contiguous_format)
+    return q, k, v.unflatten(-1, (heads[1], D)), inv
 
 
 def backward(
@@ -168,7 +164,7 @@ def backward(
             here.copy_(dy)
         else:
             z = _latent(p, z_before, block, switches).to(wide)
-            _convolved_backward(dy, z, _ages(ages, block, switches), taps, p.dtype, dz, grad_taps)
+            convolve_backward(dy, z, _ages(ages, block, switches), taps, p.dtype, dz, grad_taps)
         if switches.use_qk_mean:
             _add_mean_backward(here, dy, switches)
         if num_before:
@@ -182,7 +178,11 @@ def backward(
     if taps is not None and grad_taps is not None:
         by_tap = taps.w1.to(wide).unflatten(1, (switches.kernel_sizes[1], switches.head_dim)).sum(1)
         grad_taps.b0.copy_(torch.einsum("hio,ho->hi", by_tap, grad_taps.b1).flatten())
-    grad_v_before = _values_backward(grad_v, grad_p, v_before, ages, chunk_lengths, switches)
+    grad_values, grad_v_before = grad_p[..., switches.latent_size :], None
+    if switches.value_shift:
+        grad_v_before = shift_backward(grad_v.flatten(2), grad_values, v_before, ages, chunk_lengths)
+    else:
+        grad_values.copy_(grad_v.flatten(2))
     return grad_p, grad_before, grad_v_before, grad_taps, grad_beta
 
 
@@ -221,69 +221,6 @@ def _ages(ages: Tensor | None, block: _Block, switches: Switches) -> Tensor | No
     if not bool((rows < num_before).any()):
         return None
     return torch.cat([rows.new_full((missing,), FOREVER), rows]).unsqueeze(-1)
-
-
-def _depthwise(z: Tensor, ages: Tensor | None, w0: Tensor, b0: Tensor) -> Tensor:
-    """[h + n, C] -> u [k1 - 1 + n, C]."""
-    size = w0.shape[1]
-    length = z.shape[0] - (size - 1)
-    u = torch.addcmul(b0, z[size - 1 :], w0[:, -1])
-    for delay in range(1, size):
-        tap = z[size - 1 - delay :][:length]
-        if ages is not None:
-            tap = tap.masked_fill(ages[-length:] < delay, 0.0)
-        u.addcmul_(tap, w0[:, -1 - delay])
-    return u
-
-
-def _columns(u: Tensor, ages: Tensor | None, taps: Taps) -> Tensor:
-    """u [k1 - 1 + n, C] -> [heads, n, k1 D], the taps of each row side by side; u before a document is its bias."""
-    num_heads, head_dim = taps.b1.shape
-    size = taps.w1.shape[1] // head_dim
-    length = u.shape[0] - (size - 1)
-    columns = []
-    for delay in reversed(range(size)):
-        tap = u[size - 1 - delay :][:length]
-        if ages is not None and delay:
-            tap = torch.where(ages[-length:] >= delay, tap, taps.b0.to(u.dtype))
-        columns.append(tap.unflatten(-1, (num_heads, head_dim)))
-    return (columns[0] if size == 1 else torch.cat(columns, dim=-1)).transpose(0, 1)
-
-
-def _convolved(z: Tensor, ages: Tensor | None, taps: Taps, dtype: torch.dtype) -> Tensor:
-    """[h + n, C] -> y [n, heads, D]; u and the matrix products are in ``dtype``."""
-    u = _depthwise(z, ages, taps.w0.to(z.dtype), taps.b0.to(z.dtype)).to(dtype)
-    y = torch.baddbmm(taps.b1.to(dtype).unsqueeze(1), _columns(u, ages, taps), taps.w1.to(dtype))
-    return y.transpose(0, 1).contiguous()
-
-
-def _convolved_backward(
-    dy: Tensor, z: Tensor, ages: Tensor | None, taps: Taps, dtype: torch.dtype, dz: Tensor, grad_taps: Taps
-) -> None:
-    """Add to dz [h + n, C] and to the gradients of the taps (but for b0, which follows from b1)."""
-    wide, length = dy.dtype, dy.shape[0]
-    head_dim = taps.b1.shape[1]
-    w0 = taps.w0.to(wide)
-    sizes = w0.shape[1], taps.w1.shape[1] // head_dim
-    columns = _columns(_depthwise(z, ages, w0, taps.b0.to(wide)).to(dtype), ages, taps)
-    dy_heads = dy.to(dtype).transpose(0, 1)
-    grad_taps.w1.add_(columns.transpose(1, 2) @ dy_heads)
-    grad_taps.b1.add_(dy.sum(0))
-    du = dy.new_zeros(sizes[1] - 1 + length, dz.shape[1])
-    for delay in range(sizes[1]):
-        weight = taps.w1[:, (sizes[1] - 1 - delay) * head_dim :][:, :head_dim].to(dtype)
-        part = (dy_heads @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
-        if ages is not None and delay:
-            part = part.masked_fill(ages[-length:] < delay, 0.0)
-        du[sizes[1] - 1 - delay :][:length] += part
-    length = du.shape[0]
-    for delay in range(sizes[0]):
-        part = du
-        if ages is not None and delay:
-            part = du.masked_fill(ages[-length:] < delay, 0.0)
-        rows = slice(sizes[0] - 1 - delay, sizes[0] - 1 - delay + length)
-        grad_taps.w0[:, -1 - delay] += torch.linalg.vecdot(part, z[rows], dim=0)
-        dz[rows].addcmul_(part, w0[:, -1 - delay])
 
 
 def _grouped(y: Tensor, switches: Switches) -> tuple[Tensor, Tensor]:
@@ -331,50 +268,3 @@ def _rotate(y: Tensor, cosines: Tensor, sines: Tensor) -> None:
     turned = torch.addcmul(first * cosines, second, sines, value=-1)
     second.mul_(cosines).addcmul_(first, sines)
     first.copy_(turned)
-
-
-def _values(
-    p: Tensor, v_before: Tensor | None, ages: Tensor | None, chunk_lengths: Sequence[int], switches: Switches
-) -> Tensor:
-    """[B, S, C + V] -> [B, S, Hk, D], the second half of the channels one row late (zero at a document's first)."""
-    rows = p[..., switches.latent_size :]
-    v = rows.clone(memory_format=torch.contiguous_format)
-    if switches.value_shift:
-        half, first = switches.value_size // 2, 0
-        late = v[..., half:]
-        for chunk, length in enumerate(chunk_lengths):
-            late[:, first + 1 : first + length] = rows[:, first : first + length - 1, half:]
-            late[:, first] = 0.0 if v_before is None else v_before[:, chunk, 0]
-            first += length
-        if ages is not None:
-            late.masked_fill_((ages == 0).unsqueeze(-1), 0.0)
-    return v.unflatten(-1, (switches.num_key_heads, switches.head_dim))
-
-
-def _values_backward(
-    grad_v: Tensor,
-    grad_p: Tensor,
-    v_before: Tensor | None,
-    ages: Tensor | None,
-    chunk_lengths: Sequence[int],
-    switches: Switches,
-) -> Tensor | None:
-    """Write the value channels of grad_p; returns the gradient of v_before."""
-    rows = grad_p[..., switches.latent_size :]
-    grad = grad_v.flatten(2)
-    grad_before = None if v_before is None else torch.zeros_like(v_before)
-    if not switches.value_shift:
-        rows.copy_(grad)
-        return grad_before
-    half, first = switches.value_size // 2, 0
-    rows[..., :half] = grad[..., :half]
-    late = grad[..., half:]
-    if ages is not None:
-        late = late.masked_fill((ages == 0).unsqueeze(-1), 0.0)
-    for chunk, length in enumerate(chunk_lengths):
-        rows[:, first : first + length - 1, half:] = late[:, first + 1 : first + length]
-        rows[:, first + length - 1, half:] = 0.0
-        if grad_before is not None:
-            grad_before[:, chunk, 0] = late[:, first]
-        first += length
-    return grad_before

@@ -26,12 +26,12 @@ ACTIVATION_CHECKPOINTING = ("none", "layer")
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); ``config`` is one of ``ModelConfig.layers``."""
 
-    def __init__(self, config: ModelConfig, window: int | None) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = attention_layer(config, window)
+        self.attention = attention_layer(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config.hidden_size, config.mlp_size)
 
@@ -67,11 +67,12 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, window) for window in config.windows)
+        self.layers = nn.ModuleList(Block(layer) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config.vocab_size, config.hidden_size, loss_chunk_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self._plain, self._checkpointed = _plain, _checkpointed
 
     def forward(
         self,
@@ -100,24 +101,30 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         rope = self.rope(seq.positions.to(x.device), x.dtype)
         for layer in self.layers:
-            if self.activation_checkpointing == "layer" and torch.is_grad_enabled():
-                x = _checkpointed(layer, x, seq, rope)
-            else:
-                x = layer(x, seq, rope)
+            checkpointing = self.activation_checkpointing == "layer" and torch.is_grad_enabled()
+            x = (self._checkpointed if checkpointing else self._plain)(layer, x, seq, rope)
         return x
+
+    def compile_layers(self, **options: Any) -> None:
+        """Run each layer through torch.compile, whole: a graph break is an error. ``options`` are torch.compile's.
+
+        Compiled code names the plan of a batch and does not hold it: keep it until backward is over.
+        """
+        self._plain = torch.compile(_plain, fullgraph=True, **options)
+        self._checkpointed = torch.compile(_checkpointed, fullgraph=True, **options)
 
     def rope(self, positions: Tensor, dtype: torch.dtype) -> Rope | None:
         """The rotation of rows at global ``positions`` [S], shared by all layers."""
         return rope_tables(positions, self.config.rope_dim, self.config.rope_theta, dtype)
 
 
-def attention_layer(config: ModelConfig, window: int | None) -> CCGQA | GQA:
-    """The attention layer that ``config`` asks for, with a window of its own."""
+def attention_layer(config: ModelConfig) -> CCGQA | GQA:
+    """The attention layer that ``config``, one of ``ModelConfig.layers``, asks for."""
     shape = (config.hidden_size, config.num_query_heads, config.num_key_heads, config.head_dim)
     rows: dict[str, Any] = {
         "rope_dim": config.rope_dim,
         "rope_theta": config.rope_theta,
-        "window": window,
+        "window": config.window,
     }
     if config.attention == "gqa":
         return GQA(*shape, **rows)
@@ -128,8 +135,16 @@ def attention_layer(config: ModelConfig, window: int | None) -> CCGQA | GQA:
         use_qk_mean=config.use_qk_mean,
         use_qk_norm=config.use_qk_norm,
         use_value_shift=config.use_value_shift,
+        temperature=config.temperature,
+        use_output_norm=config.use_output_norm,
+        norm_eps=config.norm_eps,
         **rows,
     )
+
+
+def _plain(layer: nn.Module, x: Tensor, seq: LocalSequence, rope: Rope | None) -> Tensor:
+    rows: Tensor = layer(x, seq, rope)
+    return rows
 
 
 def _checkpointed(layer: nn.Module, x: Tensor, seq: LocalSequence, rope: Rope | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from hydra_dist.context import ContextParallel
 from hydra_dist.errors import ConfigError
-from hydra_dist.model import CCGQA, GQA, ccgqa_reference, prologue_plain
+from hydra_dist.model import CCGQA, GQA, ccgqa_reference, convolution, prologue_plain
 from hydra_dist.model.prologue import Prologue
 
 DOCUMENTS = torch.tensor([[0, 1, 2, 2, 2, 5, 5, 5, 5], [0, 0, 0, 3, 4, 4, 6, 6, 8]])  # some of one token
@@ -64,24 +64,24 @@ def test_window_and_rotation(rows_option, randomize, relative_error):
 
 def zeros_before_the_sequence(monkeypatch):
     """Wrong: the second convolution is padded with zeros, not with the first one's bias."""
-    columns = prologue_plain._columns
+    columns = convolution.columns
 
     def wrong(u, ages, taps):
         u = u.clone()
         u[: taps.w1.shape[1] // taps.w1.shape[2] - 1] = 0
         return columns(u, ages, taps)
 
-    monkeypatch.setattr(prologue_plain, "_columns", wrong)
+    monkeypatch.setattr(convolution, "columns", wrong)
 
 
 def zeros_before_documents(monkeypatch):
     """Wrong inside packed rows only: a tap before the document reads 0 instead of the bias."""
-    columns = prologue_plain._columns
+    columns = convolution.columns
 
     def wrong(u, ages, taps):
         return columns(u, ages, replace(taps, b0=torch.zeros_like(taps.b0)))
 
-    monkeypatch.setattr(prologue_plain, "_columns", wrong)
+    monkeypatch.setattr(convolution, "columns", wrong)
 
 
 def documents_ignored_by_convolutions(monkeypatch):
@@ -114,16 +114,14 @@ def no_temperature(monkeypatch):
 
 
 def values_without_delay(monkeypatch):
-    monkeypatch.setattr(
-        prologue_plain,
-        "_values",
-        lambda p, before, ages, lengths, s: p[..., s.latent_size :].clone().unflatten(-1, (2, 4)),
-    )
+    monkeypatch.setattr(prologue_plain, "shift", lambda values, *_: values.clone())
 
 
 def values_from_another_document(monkeypatch):
-    values = prologue_plain._values
-    monkeypatch.setattr(prologue_plain, "_values", lambda p, before, ages, *rest: values(p, before, None, *rest))
+    shift = prologue_plain.shift
+    monkeypatch.setattr(
+        prologue_plain, "shift", lambda values, before, ages, lengths: shift(values, before, None, lengths)
+    )
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,9 @@ def _agree(
         manifest = read_manifest(path)
         if expected_model is not None:
             check_same_model(manifest, expected_model, path)
-        if expected_tokenizer not in (None, manifest.tokenizer_sha256):
+        if None not in (expected_tokenizer, manifest.tokenizer_sha256) and (
+            expected_tokenizer != manifest.tokenizer_sha256
+        ):
             raise ConfigError(
                 f"{path} was trained with another tokenizer (sha256 {manifest.tokenizer_sha256}, here "
                 f"{expected_tokenizer}); the data.directory of that run, or another run.directory, works"
