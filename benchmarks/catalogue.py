@@ -14,7 +14,7 @@ from types import ModuleType
 from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.result import read_record, to_json, write_atomically
-from hydra_dist.config import Section
+from hydra_dist.config.types import Section
 from hydra_dist.errors import ConfigError, RunError, nearest
 
 HERE = Path(__file__).resolve().parent

@@ -16,7 +16,7 @@ from benchmarks.machine import ROOT
 from benchmarks.result import Cell, Result, Samples, Setting, Table
 from benchmarks.tensor_memory import TensorMemory
 from hydra_dist.config import Config
-from hydra_dist.config_file import load_config
+from hydra_dist.config.file import load_config
 from hydra_dist.context import ContextParallel, run_ranks
 from hydra_dist.model import Transformer, initialize
 

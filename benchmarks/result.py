@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from hydra_dist.config import Section
+from hydra_dist.config.types import Section
 from hydra_dist.errors import RunError
 
 SCHEMA_VERSION = 1

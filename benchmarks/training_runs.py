@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT, available_cores
-from hydra_dist.config_file import load_config
+from hydra_dist.config.file import load_config
 from hydra_dist.errors import ConfigError, RunError
 
 SHOWN_LINES = 30

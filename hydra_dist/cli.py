@@ -28,7 +28,7 @@ def check(
     processes: Annotated[int, typer.Option(min=1, help="How many processes torchrun will start.")] = 1,
 ) -> None:
     """Find every mistake that can be known before a process is started."""
-    from hydra_dist.config_file import load_config
+    from hydra_dist.config.file import load_config
     from hydra_dist.train.mesh import choose_device
     from hydra_dist.train.preflight import preflight
 
@@ -51,7 +51,7 @@ def train(
     """Check the configuration, then train on this machine through torchrun."""
     import torch
 
-    from hydra_dist.config_file import load_config
+    from hydra_dist.config.file import load_config
 
     loaded = load_config(config, overrides or [])
     gpus = torch.cuda.device_count() if loaded.train.device != "cpu" else 0

@@ -18,7 +18,7 @@ facts=$(
   "$python" - "$config" ${settings[@]+"${settings[@]}"} <<'PYTHON'
 import json, pathlib, sys
 
-from hydra_dist.config_file import load_config
+from hydra_dist.config.file import load_config
 from hydra_dist.errors import UserError
 
 try:

@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hydra_dist.config import ModelConfig
-from hydra_dist.config_file import load_config
+from hydra_dist.config.file import load_config
 from hydra_dist.context import ContextParallel
 from hydra_dist.data import Dataset, Sampler, byte_tokenizer
 from hydra_dist.errors import ConfigError, RunError

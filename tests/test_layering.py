@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hydra_dist"
-GROUND = {"config", "config_file", "errors", "costs"}
+GROUND = {"config", "errors", "costs"}
 BELOW = {
     "cli": {"export", "train", "data"},
     "export": {"train", "model", "data"},
@@ -19,12 +19,11 @@ BELOW = {
     "kernels": set(),
     "data": set(),
     "costs": set(),
-    "config_file": set(),
     "config": set(),
     "errors": set(),
 }
 """What each part may import, beside the ground that all stand on."""
-WITHOUT_TORCH = ("config", "config_file", "errors", "costs")
+WITHOUT_TORCH = ("config", "errors", "costs")
 
 
 def part_of(path: Path) -> str:

@@ -44,17 +44,26 @@ def forward_flops(model: ModelConfig) -> ForwardFlops:
     """By kind; raises ValueError where ``vocab_size`` is not set."""
     if model.vocab_size is None:
         raise ValueError("vocab_size is not set")
-    width, layers = model.hidden_size, model.num_layers
-    latent = model.query_size + model.key_size
-    depthwise_taps, grouped_taps = model.conv_kernel_sizes
-    convolves = model.attention == "ccgqa" and model.use_convs
+    width, layers = model.hidden_size, model.layers
     return ForwardFlops(
-        projections=layers * 2 * width * (2 * model.query_size + 2 * model.key_size),
-        convolutions=layers * 2 * latent * (depthwise_taps + model.head_dim * grouped_taps) if convolves else 0,
-        mlp=layers * 6 * width * model.mlp_size,
+        projections=sum(2 * width * (2 * layer.query_size + 2 * layer.key_size) for layer in layers),
+        convolutions=sum(_convolution_flops(layer) for layer in layers),
+        mlp=len(layers) * 6 * width * model.mlp_size,
         head=2 * width * model.vocab_size,
-        attention=layers * 4 * model.query_size,
+        attention=sum(_flops_per_pair(layer) for layer in layers),
     )
+
+
+def _convolution_flops(layer: ModelConfig) -> int:
+    """Of one token in one layer: taps of the channel itself, and of all channels of its head."""
+    if layer.attention != "ccgqa" or not layer.use_convs:
+        return 0
+    depthwise_taps, grouped_taps = layer.conv_kernel_sizes
+    return 2 * (layer.query_size + layer.key_size) * (depthwise_taps + layer.head_dim * grouped_taps)
+
+
+def _flops_per_pair(layer: ModelConfig) -> int:
+    return 4 * layer.query_size
 
 
 def score_pairs(sequence_length: int, window: int | None = None, document_lengths: Iterable[int] | None = None) -> int:
@@ -90,8 +99,9 @@ def training_flops_per_token(
     """
     forward = forward_flops(model)
     lengths = None if document_lengths is None else list(document_lengths)
-    pairs = sum(score_pairs(sequence_length, window, lengths) for window in model.windows) / model.num_layers
-    attention = forward.attention * pairs / sequence_length
+    layers = model.layers
+    pairs = {window: score_pairs(sequence_length, window, lengths) for window in {layer.window for layer in layers}}
+    attention = sum(_flops_per_pair(layer) * pairs[layer.window] for layer in layers) / sequence_length
     if activation_checkpointing is None:
         return 3 * (forward.layers + forward.head + attention)
     if activation_checkpointing not in ("none", "layer"):

@@ -15,44 +15,54 @@ Precision = Literal["fp32", "bf16", "bf16_autocast"]
 ELEMENT_BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_autocast": (4, 2)}
 """Of the residual stream, and of what matrix products read."""
 WIDE = 4
-"""fp32: row statistics, lse, queries and keys before their norm, rotation tables."""
-INDEX = 8
+"""fp32: row statistics, lse, rotation tables."""
+TOKEN = 8
 """A token id."""
+AGE = 4
+"""Rows of its document before a row."""
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer keeps between forward and backward, bytes per local token."""
+
+    norms: int
+    """What goes into norms and what comes out: of attention's and of the MLP's, and of an output norm the latter."""
+    queries_and_keys: int
+    """What leads to attention's queries and keys; CCGQA: the whole projection and one number a head."""
+    attention: int
+    """q, k, v, out and lse."""
+    mlp: int
+    """Gate, up and their product."""
+    checkpoint: int
+    """All that is kept under ``activation_checkpointing: layer``: the layer's input and its attention result."""
+
+    @property
+    def total(self) -> int:
+        """Without checkpointing."""
+        return self.norms + self.queries_and_keys + self.attention + self.mlp
 
 
 @dataclass(frozen=True)
 class ActivationBytes:
     """Kept between forward and backward, bytes per local token."""
 
-    norms: int
-    """One layer: the residual stream before both norms, and what comes out of them."""
-    queries_and_keys: int
-    """One layer: what leads to attention's queries and keys (latent, convolutions, q-k-norm)."""
-    attention: int
-    """One layer: q, k, v, out and lse."""
-    mlp: int
-    """One layer: gate, up and their product."""
+    layers: tuple[LayerBytes, ...]
     ends: int
-    """Once a model: token ids, rotation tables, final norm, and the loss's gradient, which forward computes."""
-    checkpoint: int
-    """One layer under ``activation_checkpointing: layer``: its input and its attention result."""
-    num_layers: int
-
-    @property
-    def layer(self) -> int:
-        """One layer, without checkpointing."""
-        return self.norms + self.queries_and_keys + self.attention + self.mlp
+    """Once a model: token ids, documents, rotation tables, final norm, and the loss's gradient, which forward
+    computes."""
 
     def total(self, activation_checkpointing: str) -> int:
-        """After forward, over all layers.
-
-        While a layer's backward runs under ``layer``, what it computes again comes on top: ``layer`` less
-        ``checkpoint``.
-        """
+        """After forward, over all layers. Under ``layer``, ``again`` comes on top during backward."""
         if activation_checkpointing not in ("none", "layer"):
             raise ValueError(f"activation_checkpointing {activation_checkpointing}")
-        each = self.checkpoint if activation_checkpointing == "layer" else self.layer
-        return self.num_layers * each + self.ends
+        checkpoints = activation_checkpointing == "layer"
+        return sum(layer.checkpoint if checkpoints else layer.total for layer in self.layers) + self.ends
+
+    @property
+    def again(self) -> int:
+        """Under ``layer``, what the layer with the most of it computes again while its backward runs."""
+        return max(layer.total - layer.checkpoint for layer in self.layers)
 
 
 def activation_bytes(model: ModelConfig, precision: Precision, packed_documents: bool = False) -> ActivationBytes:
@@ -60,55 +70,51 @@ def activation_bytes(model: ModelConfig, precision: Precision, packed_documents:
 
     Args:
         precision: as in ``train.precision``.
-        packed_documents: the sequence has document starts (the convolutions and the value shift then keep masks).
+        packed_documents: the sequence has document starts, of which CCGQA layers share one number a row.
     """
     residual, compute = ELEMENT_BYTES[precision]
-    width, query, key = model.hidden_size, model.query_size, model.key_size
-    out_and_lse = compute * query + WIDE * model.num_query_heads
+    width, layers = model.hidden_size, model.layers
+    ages = AGE if packed_documents and any(layer.attention == "ccgqa" for layer in layers) else 0
     return ActivationBytes(
-        norms=2 * (width * (residual + compute) + WIDE),
-        queries_and_keys=_before_attention(model, compute, packed_documents),
-        attention=compute * (query + 2 * key) + out_and_lse,
-        mlp=3 * compute * model.mlp_size,
-        ends=INDEX + WIDE * model.rope_dim + width * residual + WIDE + width * compute,
-        checkpoint=width * residual + out_and_lse,
-        num_layers=model.num_layers,
+        layers=tuple(_layer_bytes(layer, residual, compute) for layer in layers),
+        ends=TOKEN + ages + WIDE * model.rope_dim + width * residual + WIDE + width * compute,
     )
 
 
-def _before_attention(model: ModelConfig, compute: int, packed_documents: bool) -> int:
-    """What one layer's way from the projection to attention's queries and keys keeps."""
-    latent = model.query_size + model.key_size
-    projection = compute * (latent + model.key_size)  # kept whole where anything keeps a part of it
-    rotates = model.rope_dim > 0
-    if model.attention == "gqa":
-        # Without rotation, attention's queries and keys are a part of the projection.
-        return 0 if rotates else compute * model.key_size
-    total = 0
-    if model.use_convs:
-        second_taps = model.conv_kernel_sizes[1]
-        total += compute * latent if model.halo_rows else projection
-        total += compute * second_taps * latent
-        total += model.halo_rows if packed_documents else 0
-    if model.use_value_shift and packed_documents:
-        total += 1
-    if model.use_qk_norm:
-        total += WIDE * (model.num_query_heads + model.num_key_heads)
-        if model.use_qk_mean:
-            total += WIDE * latent
-        else:
-            total += compute * latent if model.use_convs else projection
-    elif not (model.use_qk_mean or model.use_convs or rotates):
-        total += compute * model.key_size
+def _layer_bytes(layer: ModelConfig, residual: int, compute: int) -> LayerBytes:
+    width, query, key = layer.hidden_size, layer.query_size, layer.key_size
+    out_and_lse = compute * query + WIDE * layer.num_query_heads
+    norms = 2 * (width * (residual + compute) + WIDE)
+    if layer.attention == "ccgqa" and layer.use_output_norm:
+        norms += compute * query + WIDE
+    return LayerBytes(
+        norms=norms,
+        queries_and_keys=_before_attention(layer, compute),
+        attention=compute * (query + 2 * key) + out_and_lse,
+        mlp=3 * compute * layer.mlp_size,
+        checkpoint=width * residual + out_and_lse,
+    )
+
+
+def _before_attention(layer: ModelConfig, compute: int) -> int:
+    """What the way from the projection to attention's queries and keys keeps."""
+    if layer.attention == "gqa":
+        # Without rotation, attention's queries and keys are a part of the projection, which also has the values.
+        return 0 if layer.rope_dim > 0 else compute * layer.key_size
+    total = compute * (layer.query_size + 2 * layer.key_size)
+    if layer.use_qk_norm:
+        total += WIDE * (layer.num_query_heads + layer.num_key_heads)
+        if layer.temperature == "raw":
+            total += compute * layer.key_size  # the keys from before their temperature, which may be zero
     return total
 
 
 def cast_weight_bytes(model: ModelConfig, precision: Precision) -> int:
-    """Copies of the layers' matrices in the compute dtype that autocast keeps for backward; on every rank."""
+    """Copies of the linear layers' matrices in the compute dtype that autocast keeps for backward; on every rank."""
     if precision != "bf16_autocast":
         return 0
     count = count_parameters(model)
-    return ELEMENT_BYTES[precision][1] * (count.projections + count.convolutions + count.mlp)
+    return ELEMENT_BYTES[precision][1] * (count.projections + count.mlp)
 
 
 def head_gradient_bytes(model: ModelConfig) -> int:

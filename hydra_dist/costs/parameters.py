@@ -15,6 +15,8 @@ class ParameterCount:
     convolutions: int
     """Taps and biases of both convolutions."""
     temperatures: int
+    output_norms: int
+    """Weights of the norms between attention and the projection that leads back."""
     mlp: int
     layer_norms: int
     final_norm: int
@@ -24,7 +26,8 @@ class ParameterCount:
     @property
     def layers(self) -> int:
         """What the layers hold."""
-        return self.projections + self.convolutions + self.temperatures + self.mlp + self.layer_norms
+        attention = self.projections + self.convolutions + self.temperatures + self.output_norms
+        return attention + self.mlp + self.layer_norms
 
     @property
     def total(self) -> int:
@@ -34,27 +37,27 @@ class ParameterCount:
 def count_parameters(model: ModelConfig) -> ParameterCount:
     """Parameters of ``Transformer(model)``.
 
-    A layer's attention has E (e_q + 2 e_k) + e_q E; CCGQA adds (e_q + e_k)(k0 + D k1) taps, 2 (e_q + e_k) biases and
-    one temperature a key head. Raises ValueError where ``vocab_size`` is not set.
+    A layer's attention has E (e_q + 2 e_k) + e_q E; CCGQA adds (e_q + e_k)(k0 + D k1) taps, 2 (e_q + e_k) biases, one
+    temperature a key head, and e_q weights of an output norm. Raises ValueError where ``vocab_size`` is not set.
     """
     if model.vocab_size is None:
         raise ValueError("vocab_size is not set")
-    width, layers = model.hidden_size, model.num_layers
-    latent = model.query_size + model.key_size
-    depthwise_taps, grouped_taps = model.conv_kernel_sizes
-    is_ccgqa = model.attention == "ccgqa"
+    width, layers = model.hidden_size, model.layers
+    compressed = [layer for layer in layers if layer.attention == "ccgqa"]
     embedding = model.vocab_size * width
     return ParameterCount(
         embedding=embedding,
-        projections=layers * width * (2 * model.query_size + 2 * model.key_size),
-        convolutions=(
-            layers * latent * (depthwise_taps + model.head_dim * grouped_taps + 2)
-            if is_ccgqa and model.use_convs
-            else 0
-        ),
-        temperatures=layers * model.num_key_heads if is_ccgqa and model.use_qk_norm else 0,
-        mlp=layers * 3 * width * model.mlp_size,
-        layer_norms=layers * 2 * width,
+        projections=sum(width * (2 * layer.query_size + 2 * layer.key_size) for layer in layers),
+        convolutions=sum(_taps_and_biases(layer) for layer in compressed if layer.use_convs),
+        temperatures=sum(layer.num_key_heads for layer in compressed if layer.use_qk_norm),
+        output_norms=sum(layer.query_size for layer in compressed if layer.use_output_norm),
+        mlp=len(layers) * 3 * width * model.mlp_size,
+        layer_norms=len(layers) * 2 * width,
         final_norm=width,
         head=0 if model.tie_embeddings else embedding,
     )
+
+
+def _taps_and_biases(layer: ModelConfig) -> int:
+    depthwise_taps, grouped_taps = layer.conv_kernel_sizes
+    return (layer.query_size + layer.key_size) * (depthwise_taps + layer.head_dim * grouped_taps + 2)

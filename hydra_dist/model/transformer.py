@@ -110,6 +110,9 @@ class Transformer(nn.Module):
 
         Compiled code names the plan of a batch and does not hold it: keep it until backward is over.
         """
+        # Each kind of layer is traced twice at most: with its first plan's handle as a constant, then with any.
+        kinds = len(set(map(repr, self.config.layers)))
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * kinds + 2)
         self._plain = torch.compile(_plain, fullgraph=True, **options)
         self._checkpointed = torch.compile(_checkpointed, fullgraph=True, **options)
 

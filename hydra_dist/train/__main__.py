@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     """Train as the configuration says; the process's exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         raise ConfigError("usage: python -m hydra_dist.train CONFIG.yaml [section.key=value ...]")
-    from hydra_dist.config_file import load_config
+    from hydra_dist.config.file import load_config
     from hydra_dist.train.preflight import preflight
 
     source = arguments[0]

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hydra_dist.config import Config
+from hydra_dist.model import Transformer
 from hydra_dist.train.mesh import Mesh
 from hydra_dist.train.optimizer import build_optimizer
 
@@ -26,14 +27,16 @@ LARGEST_BUCKET = 500_000_000
 class Engine:
     """A model, its optimizer and ZeRO; the DeepSpeed engine itself is ``deepspeed``."""
 
-    def __init__(self, model: nn.Module, config: Config, mesh: Mesh, precision: str) -> None:
+    def __init__(self, model: Transformer, config: Config, mesh: Mesh, precision: str) -> None:
         deepspeed = _import_deepspeed(mesh.device)
+        if config.train.compile:
+            model.compile_layers()
         self.world_size = mesh.world_size
         self.stage = config.zero.stage
         self.clip = config.optimizer.gradient_clipping
         if precision == "bf16_autocast":
             # Around the model's own forward: DeepSpeed's forward switches off an autocast that it finds around itself.
-            model.forward = torch.autocast(mesh.device.type, torch.bfloat16)(model.forward)
+            model.forward = torch.autocast(mesh.device.type, torch.bfloat16)(model.forward)  # type: ignore[method-assign]
         num_parameters = sum(p.numel() for p in model.parameters())
         optimizer = build_optimizer(model, config.optimizer, dist.group.WORLD)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hydra_dist.config import Config
-from hydra_dist.config_file import dump_config
+from hydra_dist.config.file import dump_config
 from hydra_dist.context import ContextParallel
 from hydra_dist.costs.flops import mfu, training_flops_per_token
 from hydra_dist.data import Batch

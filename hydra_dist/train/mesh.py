@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hydra_dist.config import Config
-from hydra_dist.config_file import check_world_size
+from hydra_dist.config.file import check_world_size
 from hydra_dist.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_dist.config import Config, ModelConfig
-from hydra_dist.config_file import check_world_size
+from hydra_dist.config.file import check_world_size
 from hydra_dist.costs.parameters import count_parameters
 from hydra_dist.data import Dataset, Sampler
 from hydra_dist.errors import ConfigError, RunError, UserError

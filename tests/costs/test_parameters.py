@@ -7,11 +7,19 @@ from hydra_dist.costs.parameters import count_parameters
 from hydra_dist.model import Transformer
 
 BASE = {"vocab_size": 51, "num_layers": 3, "hidden_size": 40, "head_dim": 8, "num_query_heads": 4, "num_key_heads": 2}
+MIXED = {
+    "use_output_norm": True,
+    "layer_settings": [
+        {"layers": [0], "compression_factor": 1, "conv_kernel_sizes": [4, 3]},
+        {"layers": [2], "attention": "gqa", "num_key_heads": 1},
+    ],
+}
 PARTS = {
     "embedding": ["embedding."],
     "projections": [".attention.down.", ".attention.output.", ".attention.qkv."],
-    "convolutions": [".convs."],
+    "convolutions": [".depthwise_", ".grouped_"],
     "temperatures": [".tau"],
+    "output_norms": [".output_norm."],
     "mlp": [".mlp."],
     "layer_norms": ["attention_norm.", "mlp_norm."],
     "head": ["head."],
@@ -28,6 +36,10 @@ PARTS = {
         {"use_qk_norm": False},
         {"conv_kernel_sizes": (3, 4), "num_key_heads": 1},
         {"mlp_expansion": 1.1, "use_value_shift": False, "use_qk_mean": False},
+        {"use_output_norm": True, "temperature": "raw"},
+        {"num_query_heads": None, "num_key_heads": None, "query_compression": 1, "key_compression": 5},
+        MIXED,
+        {**MIXED, "attention": "gqa"},
     ],
     ids=str,
 )
@@ -41,6 +53,15 @@ def test_parts_and_total(changes):
         assert getattr(count, part) == real, part
     assert count.final_norm == 40
     assert count.layers == sum(n for name, n in names.items() if name.startswith("layers."))
+
+
+def test_the_comparison_rejects_layers_of_other_shapes():
+    config = ModelConfig.model_validate({**BASE, **MIXED})
+    real = sum(p.numel() for p in Transformer(config).parameters())
+    assert count_parameters(config).total == real
+    for index in range(2):
+        fewer = ModelConfig.model_validate({**BASE, **MIXED, "layer_settings": [MIXED["layer_settings"][index]]})
+        assert count_parameters(fewer).total != real
 
 
 def test_the_published_shape():

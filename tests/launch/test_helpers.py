@@ -52,7 +52,7 @@ def test_torchrun_starts_ranks_and_passes_its_exit_code(torchrun, tmp_path):
 
 
 def test_tiny_config_is_a_run_that_can_start(tiny_config):
-    from hydra_dist.config_file import load_config
+    from hydra_dist.config.file import load_config
     from hydra_dist.data import Dataset, Sampler
 
     config = load_config(tiny_config)

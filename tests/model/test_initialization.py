@@ -45,7 +45,7 @@ def test_sizes(model_config):
     for name in ("layers.3.attention.output.weight", "layers.3.mlp.down.weight"):
         assert std[name] == pytest.approx(0.02 * cut / 4, rel=0.05)
         assert std[name] != pytest.approx(0.02 * cut, rel=0.05)
-    convs = model.layers[0].attention.convs
+    convs = model.layers[0].attention.prologue
     depthwise = convs.depthwise_weight.detach() - torch.tensor([0.0, 1.0])
     grouped = convs.grouped_weight.detach() - torch.cat([torch.zeros(8, 8), torch.eye(8)])
     assert 0.09 * 2**-0.5 < depthwise.abs().max() <= 0.1 * 2**-0.5 + 1e-6
@@ -83,13 +83,29 @@ class KeepsScores(WholeSequence):
 
 
 def test_convolutions_start_near_the_identity():
-    layer = CCGQA(16, 2, 1, 8, (3, 4))
+    layer = CCGQA(16, 2, 1, 8, (3, 4), use_qk_mean=False, use_qk_norm=False, use_value_shift=False)
     initialize(layer, 0, init_std=0.1)
-    z = torch.randn(1, 30, 24)
+    z = torch.randn(1, 30, 32)  # 24 channels of queries and keys, 8 of values
     with torch.no_grad():
-        y = layer.convs(z).flatten(2)
-        assert (y - z[:, 5:]).square().mean() < 0.05
-        assert (y - z[:, 4:-1]).square().mean() > 1.0  # the row before
+        q, k, v = layer.prologue(z, None, None, None, (30,), None)
+    y = torch.cat([q, k], dim=2).flatten(2)
+    assert (y - z[..., :24]).square().mean() < 0.05
+    assert (y[:, 1:] - z[:, :-1, :24]).square().mean() > 1.0  # the row before
+    assert torch.equal(v.flatten(2), z[..., 24:])
+
+
+@pytest.mark.parametrize("temperature", ["exp", "raw", "exp_clamp"])
+def test_temperatures_start_near_one_and_with_a_gradient(temperature):
+    layer = CCGQA(16, 4, 2, 8, temperature=temperature)
+    initialize(layer, 0, init_std=0.1)
+    beta = layer.prologue.beta()
+    assert (beta - 1).abs().max() < 0.011
+    beta.sum().backward()
+    assert layer.prologue.tau.grad.abs().min() > 0.9
+    if temperature == "exp_clamp":
+        layer.prologue.tau.data.zero_()  # where the others start: below the clamp's lower edge
+        (gradient,) = torch.autograd.grad(layer.prologue.beta().sum(), layer.prologue.tau)
+        assert not gradient.any()
 
 
 def test_one_layer_and_unknown_modules():
@@ -104,7 +120,7 @@ def test_one_layer_and_unknown_modules():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_acts_on_matrices(tied, model_config):
-    model = Transformer(model_config(tie_embeddings=tied))
+    model = Transformer(model_config(tie_embeddings=tied, use_output_norm=True))
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, kept = parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)

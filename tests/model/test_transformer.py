@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from hydra_dist.context import ContextParallel, run_ranks
 from hydra_dist.errors import ConfigError
-from hydra_dist.model import Transformer, initialize
+from hydra_dist.model import GQA, Transformer, initialize
 
 
 def build(config, seed=0, **options):
@@ -121,7 +121,7 @@ def test_under_autocast_the_residual_stream_stays_fp32(model_config):
         module.register_forward_hook(lambda module, args, out: seen.update({name: (args[0].dtype, out.dtype)}))
 
     for name, module in model.named_modules():
-        if name.startswith("layers.") and "norm" not in name:
+        if name.startswith("layers.") and "norm" not in name and not name.endswith("prologue"):
             look(name, module)
     tokens, targets = batch()
     with torch.autocast("cpu", torch.bfloat16):
@@ -203,6 +203,40 @@ def test_what_cannot_work_is_refused(model_config):
         Transformer(model_config(vocab_size=None))
     with pytest.raises(ConfigError, match=r'layers: none or layer works \(did you mean "layer"\?\)'):
         Transformer(model_config(), activation_checkpointing="layers")
+
+
+def test_every_layer_is_built_from_what_it_comes_to(model_config):
+    own = {
+        "compression_factor": 1,
+        "conv_kernel_sizes": (3, 1),
+        "use_qk_mean": False,
+        "use_qk_norm": False,
+        "use_value_shift": False,
+        "use_output_norm": True,
+        "window": 4,
+    }
+    entries = ({"layers": [0], **own}, {"layers": [1], "attention": "gqa"}, {"layers": [3], "temperature": "exp_clamp"})
+    plain, other, changed = (
+        Transformer(model_config(num_layers=4, layer_settings=layers)).layers for layers in ((), entries[1:], entries)
+    )
+    first = changed[0].attention
+    assert (first.num_query_heads, first.num_key_heads, first.head_dim, first.window) == (3, 3, 8, 4)
+    assert first.prologue.depthwise_weight.shape == (48, 3)
+    assert first.prologue.grouped_weight.shape == (6, 8, 8)
+    assert (first.prologue.tau, first.prologue.switches.use_qk_mean, first.use_value_shift) == (None, False, False)
+    assert first.output_norm.weight.shape == (24,)
+    assert isinstance(changed[1].attention, GQA)
+    assert [layer.attention.prologue.temperature for layer in changed[2:]] == ["exp", "exp_clamp"]
+    shapes = [
+        [{n: p.shape for n, p in layer.named_parameters()} for layer in layers] for layers in (plain, other, changed)
+    ]
+    assert shapes[0][2] == shapes[0][0] == shapes[2][2], "layers that nothing is said of are those of the model"
+    assert shapes[1][0] == shapes[0][0] != shapes[2][0]
+
+
+def test_an_output_norm_has_the_epsilon_of_the_model(model_config):
+    model = Transformer(model_config(use_output_norm=True, norm_eps=0.5))
+    assert {layer.attention.output_norm.eps for layer in model.layers} == {0.5}
 
 
 def test_every_layer_has_a_window_of_its_own(model_config):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hydra_dist.config_file import load_config
+from hydra_dist.config.file import load_config
 from hydra_dist.errors import ConfigError, RunError, UserError
 from hydra_dist.train.preflight import preflight
 

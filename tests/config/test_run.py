@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from hydra_dist.config import UNSUPPORTED, Config
-from hydra_dist.config_file import build_config, check_world_size, dump_config, load_config
+from hydra_dist.config.file import build_config, check_world_size, dump_config, load_config
 from hydra_dist.errors import ConfigError
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 PRESETS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 
@@ -57,17 +57,24 @@ def test_lengths_that_are_none_are_refused(text):
 @pytest.mark.parametrize(
     ("given", "heads"),
     [
-        ({"compression_factor": 2}, (2, 2)),
-        ({"compression_factor": 4}, (1, 1)),
-        ({"query_compression": 1, "key_compression": 4}, (4, 1)),
-        ({"compression_factor": 4, "query_compression": 2}, (2, 1)),
-        ({"compression_factor": 4, "num_query_heads": 3}, (3, 1)),
-        ({}, (4, 4)),
+        ({"compression_factor": 2}, (12, 12)),
+        ({"compression_factor": 3}, (8, 8)),
+        ({"compression_factor": 4}, (6, 6)),
+        ({"compression_factor": 6}, (4, 4)),
+        ({"compression_factor": 8}, (3, 3)),
+        ({"compression_factor": 24}, (1, 1)),
+        ({"query_compression": 1, "key_compression": 4}, (24, 6)),
+        ({"query_compression": 2, "key_compression": 8}, (12, 3)),
+        ({"compression_factor": 4, "query_compression": 2}, (12, 6)),
+        ({"compression_factor": 4, "key_compression": 8}, (6, 3)),
+        ({"compression_factor": 4, "num_query_heads": 18}, (18, 6)),
+        ({"key_compression": 5, "num_key_heads": 8}, (24, 8)),
+        ({}, (24, 24)),
     ],
 )
 def test_heads_follow_from_compression_unless_they_are_given(given, heads):
     base = settings()
-    base["model"] = {"num_layers": 1, "hidden_size": 256, "head_dim": 64, **given}
+    base["model"] = {"num_layers": 1, "hidden_size": 1536, "head_dim": 64, **given}
     model = build_config(base).model
     assert (model.num_query_heads, model.num_key_heads) == heads
 
@@ -109,12 +116,16 @@ def test_heads_that_do_not_group_name_counts_that_do():
     [
         ({"model__num_query_heds": 3}, 'model.num_query_heds: unknown key (did you mean "num_query_heads"?)'),
         ({"model__steps": 3}, "model.steps: unknown key; it belongs in train:"),
-        ({"model__zzz": 3}, "model.zzz: unknown key; model has vocab_size, "),
+        ({"model__zzz": 3}, "model.zzz: unknown key; model has attention, "),
         ({"modle__num_layers": 3}, 'modle: unknown key (did you mean "model"?)'),
         ({"model__num_layers": "3"}, "model.num_layers: '3': input should be a valid integer"),
         ({"model__num_layers": 0}, "model.num_layers: 0: input should be greater than 0"),
         ({"model__induction_layers": [2]}, "model.induction_layers has 2, and the last of 2 layers is 1"),
-        ({"model__induction_layers": [0], "model__use_convs": False}, "model.induction_layers needs attention ccgqa"),
+        (
+            {"model__induction_layers": [0], "model__use_convs": False},
+            "such a layer needs attention ccgqa with use_convs",
+        ),
+        ({"model__temperature": "log"}, "model.temperature: 'log': input should be 'exp', 'raw' or 'exp_clamp'"),
         ({"zero__stage": 4}, "zero.stage: 4: input should be 0, 1, 2 or 3"),
         ({"context__layout": "striped"}, "context.layout: 'striped': input should be 'zigzag' or 'contiguous'"),
         ({"context__size": 64}, "data.sequence_length 64 is shorter than the 128 pieces"),
