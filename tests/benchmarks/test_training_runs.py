@@ -117,7 +117,7 @@ def test_ring_ranks_judges(monkeypatch, train, holds):
     monkeypatch.setattr(ring_ranks, "train", train)
     result = ring_ranks.run(options(ring_ranks))
     assert result.holds is holds
-    assert len(result.table.rows) == 12  # 3 numbers of ranks x 4 stages, the reference left out, and the control
+    assert len(result.table.rows) == 13  # 3 numbers of ranks x 4 stages but the reference, rounding, and the control
     assert len(result.quantities["loss difference, 4 ranks, ZeRO 3"].raw) == 3
 
 
@@ -131,18 +131,24 @@ def evaluation(bits, far):
     return {"bits_per_byte": bits, "loss_by_context": bins}
 
 
-@pytest.mark.parametrize(("costs", "holds"), [((0.1, 0.2, 0.05), True), ((0.1, 0.2, -0.01), False)])
+@pytest.mark.parametrize(
+    ("costs", "holds"),
+    [
+        ((0.1, 0.2, 0.05), True),
+        ((0.015, 0.2, 0.1), False),  # worse in every seed, but no further than seeds are apart
+    ],
+)
 def test_window_control_judges(monkeypatch, costs, holds):
     order = []
 
     def fake(config, overrides, processes, device):
         seed, windowed = overrides["train.seed"], overrides.get("model.window") == 64
         order.append((seed, windowed))
-        return Run([], evaluation(2.0 + seed + costs[seed] * windowed, 1.0 + windowed))
+        return Run([], evaluation(2.0 + 0.01 * (seed - 3) + costs[seed - 3] * windowed, 1.0 + windowed))
 
     monkeypatch.setattr(window_control, "train", fake)
     result = window_control.run(options(window_control))
-    assert order == [(0, False), (0, True), (1, True), (1, False), (2, False), (2, True)]
+    assert order == [(3, True), (3, False), (4, False), (4, True), (5, True), (5, False)]
     assert result.holds is holds
     assert result.quantities["cost of the window, seed by seed"].raw == pytest.approx(costs)
     assert [row[-1] for row in result.table.rows] == pytest.approx([1.25, 2.25])
