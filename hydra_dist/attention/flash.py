@@ -1,4 +1,4 @@
-"""PyTorch's fused attention operators, one tile at a time, on the CPU and on CUDA.
+"""PyTorch's fused attention operators, on the CPU one tile at a time, and on CUDA.
 
 A fused ("flash") operator never keeps the score matrix: it walks over blocks of keys with a running softmax and hands
 back ``out`` and ``lse``, from which the backward recomputes the scores block by block.
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hydra_dist.attention import flash_cuda
 from hydra_dist.attention.band import Band
+from hydra_dist.attention.launch import Form, Launch
 from hydra_dist.attention.reference import repeat_groups, sum_groups
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -30,13 +31,14 @@ _LONGEST_BF16_BACKWARD = 1024
 _LARGEST_FP32_BACKWARD = 512 * 512
 
 
-def refuses(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this backend cannot run there, or None where it can."""
+def refuses(device: torch.device, dtype: torch.dtype, head_dim: int, form: Form) -> str | None:
+    """Why this backend cannot run there or takes no such mask in one launch, or None where it can."""
     if device.type == "cpu":
-        supported = (torch.float64, torch.float32, *_HALF)
-        return None if dtype in supported else f"PyTorch's flash operator takes no {dtype} on the CPU"
+        if dtype not in (torch.float64, torch.float32, *_HALF):
+            return f"PyTorch's flash operator takes no {dtype} on the CPU"
+        return None if form in ("tile", "edge") else "on the CPU it goes tile by tile"
     if device.type == "cuda":
-        return flash_cuda.refuses(device, dtype, head_dim)
+        return flash_cuda.refuses(device, dtype, head_dim, form)
     return f"PyTorch has no flash operator that returns lse for the device {device.type}"
 
 
@@ -50,53 +52,37 @@ def backward_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype == torch.float16 else dtype
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, band: Band | None, scale: float) -> tuple[Tensor, Tensor]:
-    """One tile: q [B, R, Hq, D], k and v [B, C, Hk, D] -> out [B, R, Hq, D], lse [B, Hq, R] fp32 or wider.
-
-    ``causal`` (square tiles): query i sees keys 0..i. ``band``: an explicit mask instead. Every query sees a key.
-    """
+def forward(q: Tensor, k: Tensor, v: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
+    """One launch, as ``Backend.forward``; every query sees a key."""
     if q.is_cuda:
-        return flash_cuda.forward(q, k, v, causal, band, scale)
+        return flash_cuda.forward(q, k, v, launch)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, attn_mask=_additive(band, q.dtype), scale=scale
+        _heads_first(q),
+        _heads_first(k),
+        _heads_first(v),
+        0.0,
+        launch.causal,
+        attn_mask=_additive(launch.band, q.dtype),
+        scale=launch.scale,
     )
     return out.transpose(1, 2), lse
 
 
 def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    band: Band | None,
-    scale: float,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, launch: Launch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tile's share of dq, dk and dv, given the queries' final ``out`` and ``lse`` over all of their keys.
-
-    ``out`` may be wider than the other tensors. The gradients come in the dtype of the inputs or wider.
-    """
+    """One launch, as ``Backend.backward``."""
     if q.is_cuda:
-        return flash_cuda.backward(grad_out, q, k, v, out, lse, causal, band, scale)
+        return flash_cuda.backward(grad_out, q, k, v, out, lse, launch)
     if q.dtype in _HALF and q.shape[1] * k.shape[1] <= _LARGEST_FP32_BACKWARD:
-        return _backward_cpu(grad_out.float(), q.float(), k.float(), v.float(), out, lse, causal, band, scale)
+        return _backward_cpu(grad_out.float(), q.float(), k.float(), v.float(), out, lse, launch)
     if q.dtype in _HALF:
-        return _backward_half(grad_out, q, k, v, out, lse, causal, band, scale)
-    return _backward_cpu(grad_out, q, k, v, out, lse, causal, band, scale)
+        return _backward_half(grad_out, q, k, v, out, lse, launch)
+    return _backward_cpu(grad_out, q, k, v, out, lse, launch)
 
 
 def _backward_cpu(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    band: Band | None,
-    scale: float,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, launch: Launch
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _heads_first(grad_out),
@@ -106,41 +92,33 @@ def _backward_cpu(
         _heads_first(out.to(q.dtype)),
         lse,
         0.0,
-        causal,
-        attn_mask=_additive(band, q.dtype),
-        scale=scale,
+        launch.causal,
+        attn_mask=_additive(launch.band, q.dtype),
+        scale=launch.scale,
     )
     grad_q, grad_k, grad_v = (grad.transpose(1, 2) for grad in grads)
     return grad_q, grad_k, grad_v
 
 
 def _backward_half(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    band: Band | None,
-    scale: float,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, launch: Launch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """bf16 with sums in fp32: keys repeated for every query head, and at most so many queries in a call."""
     num_key_heads, length = k.shape[2], q.shape[1]
     k, v = repeat_groups(k, q.shape[2]), repeat_groups(v, q.shape[2])
-    if length <= _LONGEST_BF16_BACKWARD or band is not None:
-        grad_q, grad_k, grad_v = _backward_cpu(grad_out, q, k, v, out, lse, causal, band, scale)
+    if length <= _LONGEST_BF16_BACKWARD or launch.band is not None:
+        grad_q, grad_k, grad_v = _backward_cpu(grad_out, q, k, v, out, lse, launch)
         return grad_q, sum_groups(grad_k.float(), num_key_heads), sum_groups(grad_v.float(), num_key_heads)
     sums = tuple(x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
+    everything, diagonal = Launch(launch.scale), Launch(launch.scale, causal=True)
     for start in range(0, length, _LONGEST_BF16_BACKWARD):
-        stop = min(start + _LONGEST_BF16_BACKWARD, length)
-        pieces = [(slice(0, start), False), (slice(start, stop), True)] if causal else [(slice(None), False)]
-        for keys, diagonal in pieces:
+        rows = slice(start, min(start + _LONGEST_BF16_BACKWARD, length))
+        pieces = [(slice(0, start), everything), (rows, diagonal)] if launch.causal else [(slice(None), everything)]
+        for keys, piece in pieces:
             if keys.stop == 0:
                 continue
-            rows = slice(start, stop)
             ends = out[:, rows], lse[..., rows]
-            parts = _backward_cpu(grad_out[:, rows], q[:, rows], k[:, keys], v[:, keys], *ends, diagonal, None, scale)
+            parts = _backward_cpu(grad_out[:, rows], q[:, rows], k[:, keys], v[:, keys], *ends, piece)
             for total, at, part in zip(sums, (rows, keys, keys), parts, strict=True):
                 total[:, at].add_(part)
     grad_q, grad_k, grad_v = sums

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hydra_dist.costs import tiles as tiling
 from hydra_dist.costs.tiles import Span, Tile
@@ -104,10 +105,25 @@ class Mask:
             ValueError: document starts that contradict the positions, such as local starts with global positions.
         """
         q_spans, k_spans = self.spans(q_length, k_length)
-        return _cached_tiles(q_spans, k_spans, self.causal, self.window, self._documents(q_length, k_length))
+        return _cached_tiles(q_spans, k_spans, self.causal, self.window, self.document_positions(q_length, k_length))
 
-    def _documents(self, q_length: int, k_length: int) -> tuple[tuple[int, ...], ...] | None:
-        """For each batch row, the sorted starts of the documents that queries or keys belong to."""
+    def document_positions(self, q_length: int, k_length: int) -> tuple[tuple[int, ...], ...] | None:
+        """For each batch row, the sorted starts of the documents that queries or keys belong to; None: one document.
+
+        Raises:
+            ValueError: document starts that contradict the positions.
+        """
+        starts = self.document_starts
+        others = (self.k_document_starts, self.q_positions, self.k_positions)
+        if starts is None or not _is_dear(starts) or starts.is_inference() or any(x is not None for x in others):
+            return self._find_documents(q_length, k_length)
+        version, found = _documents_of.get(starts, (None, None))
+        if version != starts._version:
+            found = self._find_documents(q_length, k_length)
+            _documents_of[starts] = starts._version, found
+        return found
+
+    def _find_documents(self, q_length: int, k_length: int) -> tuple[tuple[int, ...], ...] | None:
         if self.document_starts is None:
             return None
         q_starts = self.document_starts.cpu().long()
@@ -121,6 +137,16 @@ class Mask:
             _check_starts("k_document_starts", k_row, k_positions, starts)
             rows.append(tuple(starts.tolist()))
         return tuple(rows)
+
+
+# Each layer, forward and backward, asks for the documents of the same batch, and looking waits for the device.
+# A tensor's version counts its changes in place.
+_documents_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _is_dear(x: Tensor) -> bool:
+    """Whether reading its numbers waits for a device."""
+    return x.is_cuda
 
 
 @lru_cache(maxsize=64)

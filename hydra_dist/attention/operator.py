@@ -1,7 +1,8 @@
 """Softmax attention on one device as one differentiable PyTorch operator.
 
 ``hydra_dist::attention`` and ``hydra_dist::attention_backward`` are custom operators, so that torch.compile, selective
-activation checkpointing and profilers see one node each, whatever runs inside.
+activation checkpointing and profilers see one node each, whatever runs inside. The backend is chosen inside them too,
+so that nothing is tried out while a compiler traces.
 """
 
 import math
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydra_dist.attention import reference
-from hydra_dist.attention.backends import Backend, choose
+from hydra_dist.attention.backends import Choice, check, choose
+from hydra_dist.attention.launch import launch_of, need_of
 from hydra_dist.attention.mask import Mask
 from hydra_dist.attention.partial import attend_tiles, attend_tiles_backward
+from hydra_dist.attention.probe import Where
 
 _DEFAULT = Mask()
 
@@ -50,7 +52,8 @@ def attention(
     mask.check(q.shape[0], q.shape[1], k.shape[1])
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype {out_dtype} is no floating dtype")
-    choose(backend, q.device, q.dtype, q.shape[-1])
+    if not torch.compiler.is_compiling():  # the operator says it when it runs
+        check(backend, q.device, q.dtype, q.shape[-1])
     out, lse = torch.ops.hydra_dist.attention(
         q,
         k,
@@ -69,8 +72,11 @@ def attention(
 
 
 def explain(q: Tensor, k: Tensor, mask: Mask = _DEFAULT, backend: str = "auto") -> str:
-    """One line that says which backend ``attention`` takes for such inputs, and why."""
-    chosen, why = _chosen(q, k, mask, backend)
+    """One line that says which backend ``attention`` takes for such inputs, and why not each one before it.
+
+    On a GPU this tries the backends that have not been tried yet for such inputs.
+    """
+    chosen, _, why = _choice(q, k, mask, backend)
     return f"attention backend {chosen.name} ({chosen.summary}): {why}"
 
 
@@ -95,9 +101,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{heads} query heads are not a multiple of {key_heads} key heads; {works} key heads work")
 
 
-def _chosen(q: Tensor, k: Tensor, mask: Mask, backend: str) -> tuple[Backend, str]:
-    q_spans, k_spans = mask.spans(q.shape[1], k.shape[1])
-    return choose(backend, q.device, q.dtype, q.shape[-1], len(q_spans) * len(k_spans))
+def _choice(q: Tensor, k: Tensor, mask: Mask, backend: str) -> Choice:
+    where = Where(q.device, q.dtype, q.shape[3], q.shape[2] // k.shape[2])
+    return choose(backend, where, need_of(mask, q.shape[1], k.shape[1]))
 
 
 def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -120,10 +126,10 @@ def _attention(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     mask = Mask(causal, window, document_starts, k_document_starts, q_positions, k_positions)
-    chosen, _ = _chosen(q, k, mask, backend)
+    chosen, form, _ = _choice(q, k, mask, backend)
     wide = _lse_dtype(q.dtype)
-    if chosen.name == "reference":
-        out, lse = reference.forward(q, k, v, mask.allowed(q.shape[1], k.shape[1], q.device), scale)
+    if form is not None and q.numel() > 0 and k.numel() > 0:
+        out, lse = chosen.forward(q, k, v, launch_of(mask, form, q, k, scale, out_dtype))
         return out.to(out_dtype).contiguous(), lse.contiguous()
     out = q.new_zeros(q.shape, dtype=wide)
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=wide)
@@ -169,10 +175,9 @@ def _attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = Mask(causal, window, document_starts, k_document_starts, q_positions, k_positions)
-    chosen, _ = _chosen(q, k, mask, backend)
-    if chosen.name == "reference":
-        allowed = mask.allowed(q.shape[1], k.shape[1], q.device)
-        sums = reference.backward(grad_out, q, k, v, out, lse, allowed, scale)
+    chosen, form, _ = _choice(q, k, mask, backend)
+    if form is not None and q.numel() > 0 and k.numel() > 0:
+        sums = chosen.backward(grad_out, q, k, v, out, lse, launch_of(mask, form, q, k, scale))
     else:
         wide = _lse_dtype(q.dtype)
         sums = q.new_zeros(q.shape, dtype=wide), k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hydra_dist.attention.backends import resolve
+from hydra_dist.attention.backends import Backend, choose
 from hydra_dist.attention.band import Band
+from hydra_dist.attention.launch import Launch, Need
 from hydra_dist.attention.merge import merge_into
+from hydra_dist.attention.probe import Where
 from hydra_dist.costs.tiles import Tile
 
 
@@ -49,14 +51,14 @@ def attend_tiles(
     _check_accumulators(q, out=out, lse=lse)
     if not tiles or q.numel() == 0 or k.numel() == 0:
         return
-    chosen = resolve(backend, q.device, q.dtype, q.shape[-1])
+    chosen = _chosen(backend, q, k, window)
     dtype = chosen.forward_dtype(q.device, q.dtype)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     seen = _Seen()
     for tile in tiles:
         batch, rows, keys = _slices(tile)
         part_out, part_lse = chosen.forward(
-            q[batch, rows], k[batch, keys], v[batch, keys], tile.kind == "causal", _band(tile, window), scale
+            q[batch, rows], k[batch, keys], v[batch, keys], _launch(tile, window, scale)
         )
         running_out, running_lse = out[batch, rows], lse[batch, :, rows]
         untouched = seen.is_first(tile)
@@ -100,7 +102,7 @@ def attend_tiles_backward(
     _check_accumulators(q, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
     if not tiles or q.numel() == 0 or k.numel() == 0:
         return
-    chosen = resolve(backend, q.device, q.dtype, q.shape[-1])
+    chosen = _chosen(backend, q, k, window)
     dtype = chosen.backward_dtype(q.device, q.dtype)
     grad_out, q, k, v = grad_out.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)
     lse = lse.to(torch.promote_types(dtype, torch.float32))
@@ -113,9 +115,7 @@ def attend_tiles_backward(
             v[batch, keys],
             out[batch, rows],
             lse[batch, :, rows],
-            tile.kind == "causal",
-            _band(tile, window),
-            scale,
+            _launch(tile, window, scale),
         )
         grad_q[batch, rows].add_(part_q)
         grad_k[batch, keys].add_(part_k)
@@ -143,10 +143,16 @@ def _slices(tile: Tile) -> tuple[slice, slice, slice]:
     return batch, slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
 
 
-def _band(tile: Tile, window: int | None) -> Band | None:
+def _chosen(backend: str, q: Tensor, k: Tensor, window: int | None) -> Backend:
+    where = Where(q.device, q.dtype, q.shape[3], q.shape[2] // k.shape[2])
+    return choose(backend, where, Need(None, edges=window is not None)).backend
+
+
+def _launch(tile: Tile, window: int | None, scale: float) -> Launch:
     if tile.kind != "masked":
-        return None
-    return Band(tile.q_stop - tile.q_start, tile.k_stop - tile.k_start, tile.q_position - tile.k_position, window)
+        return Launch(scale, causal=tile.kind == "causal")
+    rows, keys = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
+    return Launch(scale, band=Band(rows, keys, tile.q_position - tile.k_position, window))
 
 
 def _check_accumulators(q: Tensor, **sums: Tensor) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from hydra_dist.attention import flash, reference
 from hydra_dist.attention.band import Band
+from hydra_dist.attention.launch import Launch
 
 TILES = {
     "full": (48, 70, False, None),
@@ -25,8 +26,9 @@ def tile(request):
 def run(backend, tensors, causal, band, scale=0.3):
     q, k, v, grad_out = tensors
     if backend is flash:
-        out, lse = flash.forward(q, k, v, causal, band, scale)
-        return out, lse, *flash.backward(grad_out, q, k, v, out, lse, causal, band, scale)
+        launch = Launch(scale, causal, band)
+        out, lse = flash.forward(q, k, v, launch)
+        return out, lse, *flash.backward(grad_out, q, k, v, out, lse, launch)
     if causal:
         band = Band(q.shape[1], k.shape[1], 0, None)
     allowed = None if band is None else band.allowed("cpu")
@@ -92,9 +94,10 @@ def test_bf16_backward_adds_up_in_fp32(inputs, monkeypatch, causal, limit, small
     tensors = [x.bfloat16() for x in inputs(1, 200, heads=(4, 1), head_dim=64)]
     exact = run(reference, [x.double() for x in tensors], causal, None, scale=0.125)
     q, k, v, grad_out = tensors
-    out, lse = flash.forward(q.float(), k.float(), v.float(), causal, None, 0.125)
+    launch = Launch(0.125, causal)
+    out, lse = flash.forward(q.float(), k.float(), v.float(), launch)
     assert rms(out, exact[0]) < 1e-6
-    arguments = grad_out, q, k, v, out.bfloat16(), lse, causal, None, 0.125
+    arguments = grad_out, q, k, v, out.bfloat16(), lse, launch
     ours = flash.backward(*arguments)
     native = flash._backward_cpu(*arguments)
     assert (ours[0].dtype == torch.float32) == (small > 0 or limit == 64)
@@ -114,7 +117,9 @@ def test_what_is_computed_in_what():
 
 
 def test_what_is_refused():
-    assert flash.refuses(torch.device("cpu"), torch.float64, 16) is None
-    assert "float8" in flash.refuses(torch.device("cpu"), torch.float8_e4m3fn, 16)
-    assert "meta" in flash.refuses(torch.device("meta"), torch.float32, 16)
-    assert "float64" in flash.refuses(torch.device("cuda"), torch.float64, 16)
+    assert flash.refuses(torch.device("cpu"), torch.float64, 16, "tile") is None
+    assert flash.refuses(torch.device("cpu"), torch.float64, 16, "edge") is None
+    assert "tile by tile" in flash.refuses(torch.device("cpu"), torch.float64, 16, "window")
+    assert "float8" in flash.refuses(torch.device("cpu"), torch.float8_e4m3fn, 16, "tile")
+    assert "meta" in flash.refuses(torch.device("meta"), torch.float32, 16, "tile")
+    assert "float64" in flash.refuses(torch.device("cuda"), torch.float64, 16, "tile")

@@ -6,6 +6,7 @@ import torch
 
 from hydra_dist.attention import flash_cuda, reference
 from hydra_dist.attention.band import Band
+from hydra_dist.attention.launch import Launch
 
 BAND = Band(40, 50, 19, 20)
 
@@ -22,12 +23,13 @@ def capability(request, monkeypatch):
 def test_schemas_and_shapes(capability, dtype, head_dim, band):
     q = torch.empty(2, 40, 4, head_dim, dtype=dtype, device="meta")
     k = torch.empty(2, 40 if band is None else 50, 2, head_dim, dtype=dtype, device="meta")
-    out, lse = flash_cuda.forward(q, k, k, band is None, band, 0.1)
+    launch = Launch(0.1, band is None, band)
+    out, lse = flash_cuda.forward(q, k, k, launch)
     assert out.shape == q.shape
     assert out.dtype == dtype
     assert lse.shape == (2, 4, 40)
     assert lse.dtype == torch.float32
-    grads = flash_cuda.backward(torch.empty_like(q), q, k, k, out.float(), lse, band is None, band, 0.1)
+    grads = flash_cuda.backward(torch.empty_like(q), q, k, k, out.float(), lse, launch)
     assert [grad.shape for grad in grads] == [q.shape, k.shape, k.shape]
     assert grads[1].dtype == grads[2].dtype == torch.float32
 
@@ -117,11 +119,12 @@ def test_preparation(stand_ins, inputs, difference, heads, head_dim, causal, ban
         causal = False
     q, k, v, grad_out = inputs(2, 40, 40 if causal else 50, heads, head_dim, dtype)
     allowed = band.allowed("cpu") if band is not None else Band(40, 40, 0, None).allowed("cpu") if causal else None
-    out, lse = flash_cuda.forward(q, k, v, causal, band, 0.3)
+    launch = Launch(0.3, causal, band)
+    out, lse = flash_cuda.forward(q, k, v, launch)
     expected, expected_lse = reference.forward(q, k, v, allowed, 0.3)
     assert difference(out, expected) < 1e-6
     assert difference(lse, expected_lse) < 1e-6
-    grads = flash_cuda.backward(grad_out, q, k, v, out, lse, causal, band, 0.3)
+    grads = flash_cuda.backward(grad_out, q, k, v, out, lse, launch)
     for ours, theirs in zip(
         grads, reference.backward(grad_out, q, k, v, out.to(dtype), lse, allowed, 0.3), strict=True
     ):
@@ -131,7 +134,11 @@ def test_preparation(stand_ins, inputs, difference, heads, head_dim, causal, ban
 
 def test_what_is_refused(capability):
     cuda = torch.device("cuda")
-    assert "float64" in flash_cuda.refuses(cuda, torch.float64, 16)
-    assert flash_cuda.refuses(cuda, torch.float32, 16) is None
-    assert flash_cuda.refuses(cuda, torch.float16, 16) is None
-    assert (flash_cuda.refuses(cuda, torch.bfloat16, 16) is None) == (capability >= (8, 0))
+    assert "float64" in flash_cuda.refuses(cuda, torch.float64, 16, "tile")
+    assert flash_cuda.refuses(cuda, torch.float32, 16, "edge") is None
+    assert flash_cuda.refuses(cuda, torch.float16, 16, "square") is None
+    assert (flash_cuda.refuses(cuda, torch.bfloat16, 16, "tile") is None) == (capability >= (8, 0))
+    assert "positions" in flash_cuda.refuses(cuda, torch.float16, 16, "any")
+    for form in ("window", "documents"):
+        assert (flash_cuda.refuses(cuda, torch.float16, 16, form) is None) == (capability >= (8, 0))
+        assert "float32" in flash_cuda.refuses(torch.device("cuda"), torch.float32, 16, form) or capability < (8, 0)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hydra_dist.attention import mask as mask_module
 from hydra_dist.attention.band import Band
 from hydra_dist.attention.mask import Mask
 
@@ -139,3 +140,24 @@ def test_global_starts_need_global_positions():
         Mask(document_starts=starts).tiles(4, 4)
     positions = torch.tensor([4, 5, 6, 7])
     assert agree(Mask(document_starts=starts, q_positions=positions, k_positions=positions), 1, 4, 4)
+
+
+def test_documents_on_a_device_are_read_once(monkeypatch):
+    """Until they are changed in place; those of another tensor, and those that are read with positions, every time."""
+    monkeypatch.setattr(mask_module, "_is_dear", lambda x: True)
+    reads = []
+    real = Mask._find_documents
+    monkeypatch.setattr(Mask, "_find_documents", lambda self, *lengths: reads.append(1) or real(self, *lengths))
+    starts = torch.tensor([[0, 0, 2, 2, 2]])
+    for _ in range(3):
+        assert Mask(document_starts=starts).document_positions(5, 5) == ((0, 2),)
+    assert len(reads) == 1
+    starts[0, 4] = 4
+    assert Mask(document_starts=starts).document_positions(5, 5) == ((0, 2, 4),)
+    assert Mask(document_starts=starts.clone()).document_positions(5, 5) == ((0, 2, 4),)
+    assert len(reads) == 3
+    moved = Mask(document_starts=starts, q_positions=torch.arange(5), k_positions=torch.arange(5))
+    assert [moved.document_positions(5, 5) for _ in range(2)] == [((0, 2, 4),)] * 2
+    with torch.inference_mode():
+        assert Mask(document_starts=starts.clone()).document_positions(5, 5) == ((0, 2, 4),)
+    assert len(reads) == 6

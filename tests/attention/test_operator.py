@@ -157,9 +157,18 @@ def test_it_is_a_proper_operator(inputs, mask, dtype):
     torch.library.opcheck(torch.ops.hydra_dist.attention.default, (*leaves, *arguments), test_utils=tests)
 
 
-def test_compiled_as_one_node(inputs):
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(causal=True),
+        Mask(window=6),
+        Mask(document_starts=torch.tensor([[0] * 8 + [8] * 12])),
+        Mask(window=6, document_starts=torch.tensor([[0] * 8 + [8] * 12])),
+    ],
+    ids=["causal", "window", "documents", "documents, window"],
+)
+def test_compiled_as_one_node(inputs, mask):
     tensors = inputs(1, 20)
-    starts = torch.tensor([[0] * 8 + [8] * 12])
     nodes = []
 
     def look(graph, _):
@@ -167,7 +176,7 @@ def test_compiled_as_one_node(inputs):
         return graph.forward
 
     def layer(q, k, v):
-        return attention(q * 2, k, v, Mask(window=6, document_starts=starts))[0] * 3
+        return attention(q * 2, k, v, mask=mask)[0] * 3
 
     compiled = torch.compile(layer, backend=look, fullgraph=True)
     assert torch.equal(compiled(*tensors[:3]), layer(*tensors[:3]))
@@ -178,6 +187,20 @@ def test_compiled_as_one_node(inputs):
         leaves = [x.clone().requires_grad_() for x in tensors[:3]]
         results.append(torch.autograd.grad(function(*leaves), leaves, tensors[3]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_compiled_with_a_mask_made_inside(inputs):
+    """The mask may be made in the compiled function, of tensors that are its inputs."""
+
+    def layer(q, k, v, starts):
+        causal = attention(q, k, v, mask=Mask(causal=True))[0]
+        return causal + attention(q, k, v, Mask(window=6, document_starts=starts), backend="flash")[0]
+
+    tensors, starts = inputs(1, 20), torch.tensor([[0] * 8 + [8] * 12])
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*tensors[:3], starts), layer(*tensors[:3], starts))
+    with pytest.raises(ConfigError, match="cannot be used here"):
+        torch.compile(lambda q: attention(q, q, q, backend="cudnn")[0], backend="eager", fullgraph=True)(tensors[0])
 
 
 def test_selective_checkpointing_keeps_it(inputs, monkeypatch):

@@ -30,7 +30,7 @@ def in_pieces(tensors, mask, num_ranks, backend="auto", reverse=False, merge_rul
     """Every rank attends over every rank's keys, one after the other; the whole out, lse, dq, dk, dv."""
     q, k, v, grad_out = tensors
     wide = torch.promote_types(q.dtype, torch.float32)
-    documents = mask._documents(q.shape[1], k.shape[1])
+    documents = mask.document_positions(q.shape[1], k.shape[1])
     scale = q.shape[-1] ** -0.5
     out, lse = torch.zeros(q.shape, dtype=wide), torch.zeros(q.shape[0], q.shape[2], q.shape[1], dtype=wide)
     grads = [torch.zeros(x.shape, dtype=wide) for x in (q, k, v)]
