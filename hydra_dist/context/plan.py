@@ -20,6 +20,7 @@ from hydra_dist.context.handles import HANDLES
 from hydra_dist.context.mesh import AnyMesh, transports
 from hydra_dist.context.operator import Strategy
 from hydra_dist.context.ring import Ring
+from hydra_dist.context.single import Single
 from hydra_dist.context.transport import Traffic
 from hydra_dist.costs.layout import LAYOUTS
 from hydra_dist.errors import ConfigError, nearest
@@ -123,8 +124,11 @@ class SequencePlan:
             self.ages = (self.positions - self.document_starts).to(torch.int32)
         self._traffic = Traffic(parent=context.traffic)
         self._transport = context.ring.counting(self._traffic)
-        schedules = Schedules(geometry, self._documents)
-        self.strategy: Strategy = Ring(self._transport, geometry.lengths, schedules)
+        self.strategy: Strategy
+        if context.size == 1:
+            self.strategy = Single(self.document_starts)
+        else:
+            self.strategy = Ring(self._transport, geometry.lengths, Schedules(geometry, self._documents))
         self.handle = HANDLES.add(self)
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
