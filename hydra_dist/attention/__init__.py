@@ -6,12 +6,14 @@ added to a running result, which is what a rank of a context-parallel group call
 
 from hydra_dist.attention.backends import backends
 from hydra_dist.attention.mask import Mask
-from hydra_dist.attention.merge import merge, merge_into
+from hydra_dist.attention.merge import LARGEST_LOGIT_BOUND, MergeRule, merge, merge_into, merge_rule
 from hydra_dist.attention.operator import attention, explain
 from hydra_dist.attention.partial import attend_tiles, attend_tiles_backward
 
 __all__ = [
+    "LARGEST_LOGIT_BOUND",
     "Mask",
+    "MergeRule",
     "attend_tiles",
     "attend_tiles_backward",
     "attention",
@@ -19,4 +21,5 @@ __all__ = [
     "explain",
     "merge",
     "merge_into",
+    "merge_rule",
 ]

@@ -1,8 +1,9 @@
 """Attention over some of the keys, added to a running result: the inner loop of one device and of every rank.
 
-The running result of a query is ``out`` and ``lse`` over the keys so far, in fp32 or wider. Each tile is computed by a
-fused operator and merged into the rows that it covers. The backward goes over the same tiles with the final ``out`` and
-``lse``: these make each tile's probabilities the final ones, so its gradients simply add up.
+The running result of a query is ``out`` and ``lse`` over the keys so far, or sums that lead to them where a merge rule
+says so, in fp32 or wider. Each tile is computed by a fused operator and merged into the rows that it covers. The
+backward goes over the same tiles with the final ``out`` and ``lse``: these make each tile's probabilities the final
+ones, so its gradients simply add up.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,11 @@ from torch import Tensor
 from hydra_dist.attention.backends import Backend, choose
 from hydra_dist.attention.band import Band
 from hydra_dist.attention.launch import Launch, Need
-from hydra_dist.attention.merge import merge_into
+from hydra_dist.attention.merge import LogSumExp, MergeRule
 from hydra_dist.attention.probe import Where
 from hydra_dist.costs.tiles import Tile
+
+_GENERAL = LogSumExp()
 
 
 @torch.no_grad()
@@ -31,6 +34,7 @@ def attend_tiles(
     backend: str = "auto",
     window: int | None = None,
     fresh: bool = False,
+    rule: MergeRule = _GENERAL,
 ) -> None:
     """Add the attention of ``q`` over ``k`` and ``v``, restricted to ``tiles``, to a running result in place.
 
@@ -40,10 +44,12 @@ def attend_tiles(
         tiles: from ``hydra_dist.costs.tiles.tiles`` for the rows of q and k.
         scale: factor on the scores.
         out: [B, Sq, Hq, D], fp32 or wider; 0 before the first call.
-        lse: [B, Hq, Sq], fp32 or wider; -inf before the first call.
+        lse: [B, Hq, Sq], fp32 or wider; -inf before the first call (``rule.nothing`` for another rule).
         backend: ``auto`` or one of ``hydra_dist.attention.backends()``.
         window: the window that the tiles were made with; masked tiles need it.
         fresh: ``out`` and ``lse`` are as before the first call. Spares a look at ``lse``; never needed.
+        rule: how parts are merged, the same in all calls. With another one than the general ``LogSumExp``, ``out`` and
+            ``lse`` come from ``rule.start`` and mean something to ``rule.finish`` only.
 
     Raises:
         ConfigError: an unknown backend, or one that does not take the device or dtype.
@@ -64,12 +70,11 @@ def attend_tiles(
         untouched = seen.is_first(tile)
         if untouched and not fresh:
             # On the CPU a look at lse is cheap; on a GPU it would wait for the device, and merging is right anyway.
-            untouched = not q.is_cuda and bool(running_lse.amax() == -torch.inf)
+            untouched = not q.is_cuda and bool(running_lse.amax() == rule.nothing)
         if untouched:
-            running_out.copy_(part_out)
-            running_lse.copy_(part_lse)
+            rule.put(running_out, running_lse, part_out, part_lse)
         else:
-            merge_into(running_out, running_lse, part_out, part_lse)
+            rule.add(running_out, running_lse, part_out, part_lse, all_see_keys=True)  # so tiles are made
 
 
 @torch.no_grad()

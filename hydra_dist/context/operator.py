@@ -21,7 +21,15 @@ class Strategy(Protocol):
     """An algorithm for attention over ranks, such as ``Ring``."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        window: int | None,
+        scale: float,
+        logit_bound: float | None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def backward(
@@ -41,7 +49,14 @@ class Strategy(Protocol):
 
 @torch.library.custom_op("hydra_dist::context_attention", mutates_args=())
 def context_attention(
-    q: Tensor, k: Tensor, v: Tensor, handle: int, causal: bool, window: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    handle: int,
+    causal: bool,
+    window: int,
+    scale: float,
+    logit_bound: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over the keys of all ranks.
 
@@ -50,17 +65,25 @@ def context_attention(
         k, v: [B, S_local, Hk, D].
         handle: names the plan.
         window: in tokens; -1 for none.
+        logit_bound: |score| never passes it; None: unknown.
 
     Returns:
         out [B, S_local, Hq, D] in q's dtype, lse [B, Hq, S_local] in fp32 or wider, not differentiable.
     """
     strategy = HANDLES.get(handle).strategy
-    return strategy.forward(q, k, v, causal=causal, window=_window(window), scale=scale)
+    return strategy.forward(q, k, v, causal=causal, window=_window(window), scale=scale, logit_bound=logit_bound)
 
 
 @context_attention.register_fake
 def _context_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, handle: int, causal: bool, window: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    handle: int,
+    causal: bool,
+    window: int,
+    scale: float,
+    logit_bound: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=lse_dtype)
@@ -105,7 +128,7 @@ def _window(window: int) -> int | None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, handle, causal, window, scale = inputs
+    q, k, v, handle, causal, window, scale, _ = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse)
@@ -115,7 +138,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     grads = torch.ops.hydra_dist.context_attention_backward(grad_out, *ctx.saved_tensors, *ctx.plain)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Any) -> tuple[Any, ...]:

@@ -156,6 +156,7 @@ class SequencePlan:
         window: int | None = None,
         scale: float | None = None,
         sparse: Any = None,
+        logit_bound: float | None = None,
     ) -> Tensor:
         """Attention of the local queries over the keys of all ranks, within documents.
 
@@ -166,6 +167,9 @@ class SequencePlan:
             window: a query sees itself and the window - 1 positions before it (tokens); None for all.
             scale: factor on the scores. None: 1 / sqrt(D).
             sparse: must be None.
+            logit_bound: a promise that |scale q k| never passes it, in q's and k's dtype; None promises nothing. Up to
+                ``hydra_dist.attention.LARGEST_LOGIT_BOUND`` partial results are merged by plain addition: the same
+                numbers up to rounding, and NaN or infinite ones where a broken promise would make them wrong.
 
         Returns:
             [B, S_local, Hq, D] in q's dtype. Differentiable once. The gradients of k and v include what all ranks'
@@ -173,7 +177,7 @@ class SequencePlan:
 
         Raises:
             ConfigError: ``sparse`` is given, or a window below 1.
-            ValueError: shapes or dtypes that do not fit together or with the plan.
+            ValueError: shapes or dtypes that do not fit together or with the plan; a negative logit_bound.
         """
         if sparse is not None:
             raise ConfigError("block-sparse attention over ranks does not exist; sparse=None (dense or window) works")
@@ -190,6 +194,7 @@ class SequencePlan:
             causal,
             -1 if window is None else window,
             1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+            logit_bound,
         )
         return out
 

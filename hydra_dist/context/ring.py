@@ -2,7 +2,8 @@
 
 Every rank holds the queries, keys and values of its rows. At hop t it computes the attention of its queries over the
 keys of the rank t places before it, while these keys are already on their way to the next rank. Partial results merge
-by their log-sum-exp. Keys travel only as far as some rank on their way needs them; the ranks know this from the mask.
+by their log-sum-exp, or by plain addition where scores are known to be small enough. Keys travel only as far as some
+rank on their way needs them; the ranks know this from the mask.
 
 Backward, the keys go around once more. The gradients of the keys that visit are started by the first rank that
 needs them, follow them one hop behind, and go home from the last one. A rank's own keys are worked on last in part, to
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hydra_dist.attention import attend_tiles, attend_tiles_backward
+from hydra_dist.attention import attend_tiles, attend_tiles_backward, merge_rule
 from hydra_dist.context.geometry import RingSchedule
 from hydra_dist.context.transport import Direction, Finished, Message, Transport, Work
 from hydra_dist.costs.tiles import Tile
@@ -41,26 +42,43 @@ class Ring:
         self.schedule_of = schedule_of
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        window: int | None,
+        scale: float,
+        logit_bound: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of this rank's queries over all keys.
 
         Args:
             q: [B, S_local, Hq, D].
             k, v: [B, S_local, Hk, D].
+            logit_bound: |score| never passes it; None: unknown. What ranks send does not depend on it.
 
         Returns:
             out [B, S_local, Hq, D] in q's dtype and lse [B, Hq, S_local] in fp32 or wider.
         """
         schedule = self.schedule_of(causal, window)
-        out = q.new_zeros(q.shape, dtype=_wide(q))
-        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=_wide(q))
+        rule = merge_rule(logit_bound)
+        out, lse = rule.start(q)
         for hop, visitor in self._visits(k, v, schedule, "forward"):
             if visitor is not None:
                 attend_tiles(
-                    q, *visitor, schedule.tiles[hop], scale=scale, out=out, lse=lse, window=window, fresh=hop == 0
+                    q,
+                    *visitor,
+                    schedule.tiles[hop],
+                    scale=scale,
+                    out=out,
+                    lse=lse,
+                    window=window,
+                    fresh=hop == 0,
+                    rule=rule,
                 )
-        return out.to(q.dtype), lse
+        return rule.finish(out, lse, q.dtype)
 
     def backward(
         self,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hydra_dist.attention import merge_rule
+
 
 class Single:
     """One device; the interface of ``Ring``.
@@ -15,9 +17,19 @@ class Single:
         self.document_starts = document_starts
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        window: int | None,
+        scale: float,
+        logit_bound: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """out [B, S, Hq, D] in q's dtype and lse [B, Hq, S] in fp32 or wider."""
+        """out [B, S, Hq, D] in q's dtype and lse [B, Hq, S] in fp32 or wider. There is nothing to merge that a bound
+        on the logits would make cheaper; it is only checked."""
+        merge_rule(logit_bound)
         mask = self._mask(q.device)
         found: tuple[Tensor, Tensor] = torch.ops.hydra_dist.attention(
             q, k, v, *mask, causal, window, scale, "auto", q.dtype

@@ -88,7 +88,8 @@ class CCGQA(nn.Module):
         if seq is None:
             seq = WholeSequence(x.shape[1], x.device)
         q, k, v = self.queries_keys_values(x, seq, rope)
-        rows = seq.attention(q, k, v, causal=True, window=self.window).flatten(2)
+        bound = self.prologue.logit_bound()
+        rows = seq.attention(q, k, v, causal=True, window=self.window, logit_bound=bound).flatten(2)
         return self.output(rows if self.output_norm is None else self.output_norm(rows))
 
     def queries_keys_values(

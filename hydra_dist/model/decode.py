@@ -49,7 +49,15 @@ class LayerCache:
         ]
         return [old.unsqueeze(1) for old in before]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = True,
+        window: int | None = None,
+        logit_bound: float | None = None,
+    ) -> Tensor:
         """Attention of the new rows over all that the cache holds and themselves."""
         keys, values = self._append(k, v)
         first, length = self._first_position, self._stop - self._start

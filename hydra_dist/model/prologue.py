@@ -7,11 +7,13 @@ forward runs, so what one operator reads belongs to one module.)
 Source: Figliolia et al. 2025 (arXiv 2510.04476), section III and listing A.1.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hydra_dist.attention import LARGEST_LOGIT_BOUND
 from hydra_dist.errors import ConfigError, nearest
 from hydra_dist.model.convolution import Taps
 from hydra_dist.model.prologue_operator import prologue
@@ -25,6 +27,10 @@ START_OF_TAU = {"exp": 0.0, "raw": 1.0, "exp_clamp": 1e-2}
 """A temperature of 1, with a gradient: tau = 0 lies below the clamp's lower edge, where it has none."""
 NORM_EPS = 1e-12
 """Added to a head's squared length: only keeps the length of a zero vector from being divided by."""
+_ROUNDING = (1.0 + 2.0**-8) ** 3
+"""How much longer bf16 makes a query and a key together; keys with a raw temperature are rounded twice."""
+_BOUND_STEP = 10.0
+"""Bounds are given in such steps: compiled code holds the number as a constant, and should not see it move often."""
 
 
 class Prologue(nn.Module):
@@ -84,6 +90,9 @@ class Prologue(nn.Module):
             self.grouped_bias = nn.Parameter(torch.zeros(heads, head_dim))
         if use_qk_norm:
             self.tau = nn.Parameter(torch.full((num_key_heads,), START_OF_TAU[temperature]))
+        self._logit_bound: float | None = None
+        self.forget_logit_bound()
+        self.register_load_state_dict_post_hook(_forget_logit_bound)
 
     @property
     def num_rows_before(self) -> int:
@@ -105,6 +114,55 @@ class Prologue(nn.Module):
             return tau
         return (tau.clamp(LOWEST_CLAMPED, HIGHEST_CLAMPED) if self.temperature == "exp_clamp" else tau).exp()
 
+    def logit_bound(self) -> float | None:
+        """What no |q k| / sqrt(D) passes, for queries and keys in bf16 or wider: temperature x sqrt(D) and a little for
+        rounding. None: not known, or beyond ``LARGEST_LOGIT_BOUND``, where it is of no use.
+
+        A plain number: reading it does not touch the device. ``exp_clamp`` has one from the start; for other
+        temperatures ``refresh_logit_bound`` finds it, and it is forgotten when a state is loaded.
+        """
+        return self._logit_bound
+
+    @torch.no_grad()
+    def refresh_logit_bound(self, largest_change: float) -> None:
+        """Read tau, once, for a ``logit_bound`` that holds until an element of tau has moved by ``largest_change``.
+
+        It waits for the device, so it is for between the steps: after loading, and then every n steps with n x the
+        largest step of an element (Adam's is the learning rate but for rare gradients). Equal parameters give equal
+        bounds on all ranks; under ZeRO-3 tau has to be gathered first.
+
+        Raises:
+            ValueError: a negative change, or tau is elsewhere.
+        """
+        if not largest_change >= 0.0:
+            raise ValueError(f"largest_change {largest_change}: tau moves by 0 or more before the next refresh")
+        if self.tau is None:
+            return
+        if self.tau.numel() != self.switches.num_key_heads:
+            raise ValueError(
+                f"tau has {self.tau.numel()} elements here and {self.switches.num_key_heads} in all; gather it first "
+                f"(deepspeed.zero.GatheredParameters)"
+            )
+        tau = self.tau.double().cpu()
+        if self.temperature == "raw":
+            largest = tau.abs().amax() + largest_change
+        else:
+            largest = tau.amax() + largest_change
+            if self.temperature == "exp_clamp":
+                largest = largest.clamp(LOWEST_CLAMPED, HIGHEST_CLAMPED)
+            largest = largest.exp()
+        self._logit_bound = self._bound_of(float(largest))
+
+    def forget_logit_bound(self) -> None:
+        """Parameters have been replaced: nothing is known of them until the next refresh, but for a clamp."""
+        clamped = self.tau is not None and self.temperature == "exp_clamp"
+        self._logit_bound = self._bound_of(math.exp(HIGHEST_CLAMPED)) if clamped else None
+
+    def _bound_of(self, largest_beta: float) -> float | None:
+        bound = largest_beta * math.sqrt(self.switches.head_dim) * _ROUNDING
+        # Asked so that NaN and infinity are no bounds either.
+        return math.ceil(bound / _BOUND_STEP) * _BOUND_STEP if bound <= LARGEST_LOGIT_BOUND else None
+
     def forward(
         self,
         p: Tensor,
@@ -123,3 +181,8 @@ class Prologue(nn.Module):
         if beta is not None and inside is None:
             k = (k * beta.unsqueeze(-1)).to(k.dtype)
         return q, k, v
+
+
+def _forget_logit_bound(module: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(module, Prologue)
+    module.forget_logit_bound()

@@ -37,8 +37,19 @@ class LocalSequence(Protocol):
         """For each (tensor [B, S, C], rows): the rows before each chunk [B, chunks, rows, C], zero outside of the
         document of the chunk's first row; None where all of them are zero."""
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None) -> Tensor:
-        """Attention of local rows over the whole sequence, [B, S, H, D] -> [B, S, Hq, D]."""
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = True,
+        window: int | None = None,
+        logit_bound: float | None = None,
+    ) -> Tensor:
+        """Attention of local rows over the whole sequence, [B, S, H, D] -> [B, S, Hq, D].
+
+        ``logit_bound`` says what no |q k| / sqrt(D) passes, for whoever can make use of it; None: unknown.
+        """
 
 
 class WholeSequence:
@@ -54,5 +65,13 @@ class WholeSequence:
     def halo(self, parts: Listing[tuple[Tensor, int]]) -> Listing[Tensor | None]:
         return [None] * len(parts)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = True,
+        window: int | None = None,
+        logit_bound: float | None = None,
+    ) -> Tensor:
         return attention(q, k, v, mask=Mask(causal=causal, window=window))[0]

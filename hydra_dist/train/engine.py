@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hydra_dist.config import Config
 from hydra_dist.model import Transformer
+from hydra_dist.model.prologue import Prologue
 from hydra_dist.train.mesh import Mesh
 from hydra_dist.train.optimizer import build_optimizer
 
@@ -31,6 +32,7 @@ class Engine:
         deepspeed = _import_deepspeed(mesh.device)
         if config.train.compile:
             model.compile_layers()
+        self._deepspeed_zero = deepspeed.zero
         self.world_size = mesh.world_size
         self.stage = config.zero.stage
         self.clip = config.optimizer.gradient_clipping
@@ -46,6 +48,7 @@ class Engine:
             dist_init_required=False,
         )
         self.optimizer_in_use = type(self.optimizer).__name__
+        self._prologues = [module for module in self.module.modules() if isinstance(module, Prologue)]
 
     @property
     def module(self) -> nn.Module:
@@ -55,6 +58,17 @@ class Engine:
     def forward(self, *inputs: Any, **settings: Any) -> Tensor:
         """The model's forward in the run's precision."""
         return self.deepspeed(*inputs, **settings)
+
+    def refresh_logit_bounds(self) -> None:
+        """Tell layers how large their logits can be before the next update, so that the ring may merge by addition.
+
+        Once a step, so that it follows from the parameters alone: a resumed run merges as the interrupted one did.
+        """
+        for prologue in self._prologues:
+            if prologue.tau is not None:
+                # Without ZeRO-3 every parameter is whole.
+                with self._deepspeed_zero.GatheredParameters([prologue.tau], enabled=self.stage == 3):
+                    prologue.refresh_logit_bound(0.0)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss`` (already divided by the step's number of targets) to the step's gradient."""

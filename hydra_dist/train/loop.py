@@ -123,6 +123,8 @@ class Trainer:
         dist.all_reduce(totals)
         num_targets = max(1.0, float(totals[0]))
         totals.zero_()
+        if self.mesh.context_size > 1:
+            self.engine.refresh_logit_bounds()
         for tokens, targets, plan in batches:
             nll = self.engine.forward(tokens, plan, targets=targets)
             self.engine.backward(nll / num_targets)

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from hydra_dist.attention import Mask, attend_tiles, attend_tiles_backward, attention, reference
+from hydra_dist.attention import (
+    LARGEST_LOGIT_BOUND,
+    Mask,
+    attend_tiles,
+    attend_tiles_backward,
+    attention,
+    merge_rule,
+    reference,
+)
+from hydra_dist.attention.merge import LogSumExp, PlainAddition
 from hydra_dist.attention.partial import _Seen
 from hydra_dist.costs.tiles import Span, Tile, tiles
 
@@ -26,8 +35,9 @@ def rows(x, pieces):
     return torch.cat([x[:, a:b] for a, b in pieces], 1)
 
 
-def in_pieces(tensors, mask, num_ranks, backend="auto", reverse=False, merge_rule=None, fresh=False):
+def in_pieces(tensors, mask, num_ranks, backend="auto", reverse=False, fresh=False, logit_bound=None):
     """Every rank attends over every rank's keys, one after the other; the whole out, lse, dq, dk, dv."""
+    rule = merge_rule(logit_bound)
     q, k, v, grad_out = tensors
     wide = torch.promote_types(q.dtype, torch.float32)
     documents = mask.document_positions(q.shape[1], k.shape[1])
@@ -37,8 +47,7 @@ def in_pieces(tensors, mask, num_ranks, backend="auto", reverse=False, merge_rul
     layout = zigzag(q.shape[1], num_ranks)
     for own in layout:
         local_q, local_grad = rows(q, own), rows(grad_out, own)
-        local_out = torch.zeros(local_q.shape, dtype=wide)
-        local_lse = torch.full((q.shape[0], q.shape[2], local_q.shape[1]), -torch.inf, dtype=wide)
+        local_out, local_lse = rule.start(local_q)
         hops = []
         for hop, visiting in enumerate(layout[::-1] if reverse else layout):
             found = tiles(spans(own), spans(visiting), causal=mask.causal, window=mask.window, documents=documents)
@@ -46,7 +55,9 @@ def in_pieces(tensors, mask, num_ranks, backend="auto", reverse=False, merge_rul
             hops.append((visiting, local_k, local_v, found))
             options = {"scale": scale, "backend": backend, "window": mask.window}
             fresh_now = fresh and hop == 0
-            attend_tiles(local_q, local_k, local_v, found, out=local_out, lse=local_lse, fresh=fresh_now, **options)
+            sums = {"out": local_out, "lse": local_lse, "rule": rule}
+            attend_tiles(local_q, local_k, local_v, found, fresh=fresh_now, **sums, **options)
+        local_out, local_lse = rule.finish(local_out, local_lse, wide)
         local_grad_q = torch.zeros(local_q.shape, dtype=wide)
         for visiting, local_k, local_v, found in hops:
             local_grads = local_grad_q, torch.zeros(local_k.shape, dtype=wide), torch.zeros(local_v.shape, dtype=wide)
@@ -86,32 +97,41 @@ def on_the_whole(tensors, mask):
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @pytest.mark.parametrize("backend", ["flash", "reference"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_fp64(inputs, difference, mask, num_ranks, backend, reverse):
+@pytest.mark.parametrize("logit_bound", [None, LARGEST_LOGIT_BOUND])
+def test_fp64(inputs, difference, mask, num_ranks, backend, reverse, logit_bound):
     tensors = inputs(q_length=LENGTH, heads=(4, 2))
-    results = in_pieces(tensors, mask, num_ranks, backend, reverse)
+    results = in_pieces(tensors, mask, num_ranks, backend, reverse, logit_bound=logit_bound)
     for ours, expected in zip(results, on_the_whole(tensors, mask), strict=True):
         assert difference(ours, expected) < 1e-12
 
 
 @pytest.mark.parametrize("num_ranks", [1, 4])
-def test_fp32(inputs, difference, mask, num_ranks):
+@pytest.mark.parametrize("logit_bound", [None, LARGEST_LOGIT_BOUND])
+def test_fp32(inputs, difference, mask, num_ranks, logit_bound):
     tensors = [x.float() for x in inputs(q_length=LENGTH, heads=(4, 2), head_dim=64)]
     expected = on_the_whole([x.double() for x in tensors], mask)
-    results = in_pieces(tensors, mask, num_ranks, fresh=True)
+    results = in_pieces(tensors, mask, num_ranks, fresh=True, logit_bound=logit_bound)
     for ours, exact, bound in zip(results, expected, (1e-6, 1e-6, 5e-6, 5e-6, 5e-6), strict=True):
         assert difference(ours, exact) < bound
 
 
 def test_the_checks_above_reject_a_mean_of_the_parts(inputs, difference, monkeypatch):
-    def mean(out, lse, part_out, part_lse):
+    def mean(self, out, lse, part_out, part_lse, all_see_keys=False):
         out.add_(part_out).mul_(0.5)
         torch.logaddexp(lse, part_lse, out=lse)
 
-    monkeypatch.setattr("hydra_dist.attention.partial.merge_into", mean)
+    def count(self, out, lse, part_out, part_lse, all_see_keys=False):
+        out.add_(part_out)
+        lse.add_(1.0)
+
+    monkeypatch.setattr(LogSumExp, "add", mean)
+    monkeypatch.setattr(PlainAddition, "add", count)
     tensors = inputs(q_length=LENGTH)
-    for ours, expected in zip(in_pieces(tensors, Mask(), 3), on_the_whole(tensors, Mask()), strict=True):
-        if ours.dim() == 4 and ours.shape[2] == 4:
-            assert difference(ours, expected) > 1e-2
+    for logit_bound in (None, LARGEST_LOGIT_BOUND):
+        results = in_pieces(tensors, Mask(), 3, logit_bound=logit_bound)
+        for ours, expected in zip(results, on_the_whole(tensors, Mask()), strict=True):
+            if ours.dim() == 4 and ours.shape[2] == 4:
+                assert difference(ours, expected) > 1e-2
 
 
 def rms(a, b):
@@ -119,15 +139,15 @@ def rms(a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_ranks", [4, 16])
-def test_half_precision_loses_no_more_in_pieces(inputs, dtype, num_ranks):
+@pytest.mark.parametrize("num_ranks,logit_bound", [(4, None), (16, None), (16, LARGEST_LOGIT_BOUND)])
+def test_half_precision_loses_no_more_in_pieces(inputs, dtype, num_ranks, logit_bound):
     """Root mean square error against fp64 over 5 seeds, at most 1.15 times that of one device."""
     errors = torch.zeros(5, 2, 4)
     for seed in range(5):
         torch.manual_seed(seed)
         tensors = [x.to(dtype) for x in inputs(1, 256, heads=(4, 2), head_dim=64)]
         exact = on_the_whole([x.double() for x in tensors], Mask())
-        pieces = in_pieces(tensors, Mask(), num_ranks)
+        pieces = in_pieces(tensors, Mask(), num_ranks, logit_bound=logit_bound)
         leaves = [x.clone().requires_grad_() for x in tensors[:3]]
         out, _ = attention(*leaves)
         whole = out, None, *torch.autograd.grad(out, leaves, tensors[3])

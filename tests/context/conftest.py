@@ -63,14 +63,14 @@ def _whole(problem, backend="reference", dtype=None):
     return [out.detach(), *(x.grad for x in leaves)]
 
 
-def _over_ranks(problem, num_ranks, layout="zigzag"):
+def _over_ranks(problem, num_ranks, layout="zigzag", logit_bound=None):
     """The same over emulated ranks, gathered on rank 0, and every rank's stats before gathering."""
 
     def one_rank(mesh):
         seq = ContextParallel(mesh, layout=layout).plan(problem.sequence_length, problem.document_starts())
         *qkv, grad_out = (seq.shard(x, 1) for x in problem.inputs())
         leaves = [x.requires_grad_() for x in qkv]
-        out = seq.attention(*leaves, causal=problem.causal, window=problem.window)
+        out = seq.attention(*leaves, causal=problem.causal, window=problem.window, logit_bound=logit_bound)
         out.backward(grad_out)
         stats = seq.stats()
         return [seq.unshard(x, 1).detach() for x in (out, *(x.grad for x in leaves))], stats

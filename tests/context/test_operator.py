@@ -106,10 +106,11 @@ def test_handles_are_never_reused():
     assert handles.add(Plan()) != number
 
 
-def test_the_operator_passes_pytorchs_own_checks(x):
+@pytest.mark.parametrize("logit_bound", [(), (20.0,)])
+def test_the_operator_passes_pytorchs_own_checks(x, logit_bound):
     seq = ContextParallel().plan(x.shape[1])
     leaves = [x.clone().requires_grad_() for _ in range(3)]
-    arguments = (*leaves, seq.handle, True, 7, 0.5)
+    arguments = (*leaves, seq.handle, True, 7, 0.5, *logit_bound)
     torch.library.opcheck(torch.ops.hydra_dist.context_attention.default, arguments)
 
 

@@ -146,6 +146,8 @@ def test_what_attention_refuses():
         seq.attention(q, q, q, sparse="topk")
     with pytest.raises(ConfigError, match=r"model\.window 0"):
         seq.attention(q, q, q, window=0)
+    with pytest.raises(ValueError, match=r"logit_bound -1\.0"):
+        seq.attention(q, q, q, logit_bound=-1.0)
     with pytest.raises(ValueError, match="q has 7 rows and this rank holds 8 of 8"):
         seq.attention(q[:, :7], q, q)
     with pytest.raises(ValueError, match="k has 7 rows"):

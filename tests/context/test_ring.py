@@ -5,7 +5,9 @@ import itertools
 import pytest
 import torch
 
-import hydra_dist.attention.partial
+from hydra_dist.attention import LARGEST_LOGIT_BOUND, attention
+from hydra_dist.attention.merge import LogSumExp, PlainAddition
+from hydra_dist.context import ContextParallel, run_ranks
 from hydra_dist.context.emulated import EmulatedTransport
 from hydra_dist.context.geometry import Geometry
 from hydra_dist.costs.layout import chunks, ring_journeys, ring_traffic
@@ -35,8 +37,10 @@ COVER = [
 
 def check(problem, whole, over_ranks, errors, ranks, layout, mask, heads, length):
     case = problem(sequence_length=length, num_query_heads=heads[0], num_key_heads=heads[1], **MASKS[mask])
-    found, _ = over_ranks(case, ranks, layout)
-    assert max(errors(found, whole(case))) < 1e-12
+    wanted = whole(case)
+    for logit_bound in (None, LARGEST_LOGIT_BOUND):
+        found, _ = over_ranks(case, ranks, layout, logit_bound)
+        assert max(errors(found, wanted)) < 1e-12
 
 
 @pytest.mark.parametrize("ranks,layout,mask,heads,length", COVER)
@@ -69,15 +73,17 @@ def test_keys_pass_through_ranks_that_need_none(problem, whole, over_ranks, erro
 
 @pytest.mark.parametrize("ranks", [2, 8])
 @pytest.mark.parametrize("mask", ["causal", "documents_by_row"])
-def test_fp32(problem, whole, over_ranks, errors, ranks, mask):
+@pytest.mark.parametrize("logit_bound", [None, LARGEST_LOGIT_BOUND])
+def test_fp32(problem, whole, over_ranks, errors, ranks, mask, logit_bound):
     case = problem(sequence_length=301, dtype=torch.float32, head_dim=16, **MASKS[mask])
-    out, *gradients = errors(over_ranks(case, ranks)[0], whole(case, dtype=torch.float64))
+    found, _ = over_ranks(case, ranks, logit_bound=logit_bound)
+    out, *gradients = errors(found, whole(case, dtype=torch.float64))
     assert out < 1e-6
     assert max(gradients) < 5e-6
 
 
-@pytest.mark.parametrize("ranks", [4, 16])
-def test_bf16_loses_no_more_than_one_device_does(problem, whole, over_ranks, ranks):
+@pytest.mark.parametrize("ranks,logit_bound", [(4, None), (16, None), (16, LARGEST_LOGIT_BOUND)])
+def test_bf16_loses_no_more_than_one_device_does(problem, whole, over_ranks, ranks, logit_bound):
     def squares(found, exact):
         return [((a.double() - b) ** 2).mean() for a, b in zip(found, exact, strict=True)]
 
@@ -85,7 +91,7 @@ def test_bf16_loses_no_more_than_one_device_does(problem, whole, over_ranks, ran
     for seed in range(5):
         case = problem(sequence_length=256, batch_size=1, head_dim=16, dtype=torch.bfloat16, seed=seed)
         exact = whole(case, dtype=torch.float64)
-        ours += torch.stack(squares(over_ranks(case, ranks)[0], exact))
+        ours += torch.stack(squares(over_ranks(case, ranks, logit_bound=logit_bound)[0], exact))
         single += torch.stack(squares(whole(case, backend="auto"), exact))
     assert (ours / single).sqrt().max() < 1.15
 
@@ -117,18 +123,58 @@ def test_a_window_sends_less_than_no_window(problem, over_ranks):
     assert sum(s["forward"]["messages"] for s in near) == 7 < sum(s["forward"]["messages"] for s in far) == 28
 
 
-def rejects(problem, whole, over_ranks, errors, ranks=4):
+def test_only_a_small_enough_bound_leads_to_plain_addition(problem, over_ranks, monkeypatch):
+    calls = []
+    add = PlainAddition.add
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        add(self, *args, **kwargs)
+
+    monkeypatch.setattr(PlainAddition, "add", counted)
+    for logit_bound in (None, LARGEST_LOGIT_BOUND + 0.1):
+        over_ranks(problem(), 2, logit_bound=logit_bound)
+        assert not calls
+    over_ranks(problem(), 2, logit_bound=LARGEST_LOGIT_BOUND)
+    assert calls
+
+
+def test_a_broken_promise_is_nan_and_not_a_wrong_number(problem, over_ranks, whole, errors):
+    scale = 100.0  # of the scores: most rows then have one below -61 or above 88
+
+    def one_rank(mesh, logit_bound):
+        seq = ContextParallel(mesh).plan(67)
+        q, k, v, _ = (seq.shard(x, 1) for x in problem(dtype=torch.float32).inputs())
+        return seq.unshard(seq.attention(q, k, v, scale=scale, logit_bound=logit_bound), 1)
+
+    general = run_ranks(2, lambda mesh: one_rank(mesh, None))[0]
+    broken = run_ranks(2, lambda mesh: one_rank(mesh, 1.0))[0]
+    q, k, v, _ = problem().inputs()
+    exact, _ = attention(q, k, v, scale=scale, backend="reference")
+    assert errors([general], [exact])[0] < 1e-3
+    right = (broken.double() - exact).abs() < 1e-3
+    assert bool((right | ~torch.isfinite(broken)).all())
+    assert not bool(right.all())
+
+
+def rejects(problem, whole, over_ranks, errors, ranks=4, logit_bound=None):
     case = problem()
-    return max(errors(over_ranks(case, ranks)[0], whole(case))) > 1e-3
+    return max(errors(over_ranks(case, ranks, logit_bound=logit_bound)[0], whole(case))) > 1e-3
 
 
 def test_the_check_rejects_a_merge_that_ignores_lse(problem, whole, over_ranks, errors, monkeypatch):
-    def average(out, lse, part_out, part_lse):
+    def average(self, out, lse, part_out, part_lse, all_see_keys=False):
         out.lerp_(part_out.to(out.dtype), 0.5)
         torch.logaddexp(lse, part_lse, out=lse)
 
-    monkeypatch.setattr(hydra_dist.attention.partial, "merge_into", average)
+    def equal_weights(self, out, lse, part_out, part_lse, all_see_keys=False):
+        out.add_(part_out)
+        lse.add_(1.0)
+
+    monkeypatch.setattr(LogSumExp, "add", average)
+    monkeypatch.setattr(PlainAddition, "add", equal_weights)
     assert rejects(problem, whole, over_ranks, errors)
+    assert rejects(problem, whole, over_ranks, errors, logit_bound=LARGEST_LOGIT_BOUND)
 
 
 def test_the_check_rejects_zigzag_rows_read_as_one_run(problem, whole, over_ranks, errors, monkeypatch):

@@ -76,7 +76,7 @@ def test_an_induction_layer_attends_to_what_followed_the_same_row(model_config, 
 class KeepsScores(WholeSequence):
     """Keeps the last row's scores over all rows, the lowest of its heads."""
 
-    def attention(self, q, k, v, causal=True, window=None):
+    def attention(self, q, k, v, causal=True, window=None, logit_bound=None):
         k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
         self.last = torch.einsum("hd,shd->sh", q[0, -1], k[0]).detach().amin(1)
         return super().attention(q, k[:, :, :: q.shape[2] // v.shape[2]], v, causal, window)
