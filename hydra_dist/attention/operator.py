@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hydra_dist.attention.backends import Choice, check, choose
-from hydra_dist.attention.launch import launch_of, need_of
+from hydra_dist.attention.launch import Need, launch_of, need_of
 from hydra_dist.attention.mask import Mask
 from hydra_dist.attention.partial import attend_tiles, attend_tiles_backward
 from hydra_dist.attention.probe import Where
@@ -71,12 +71,17 @@ def attention(
     return out, lse
 
 
-def explain(q: Tensor, k: Tensor, mask: Mask = _DEFAULT, backend: str = "auto") -> str:
+def explain(q: Tensor, k: Tensor, mask: Mask = _DEFAULT, backend: str = "auto", in_tiles: bool = False) -> str:
     """One line that says which backend ``attention`` takes for such inputs, and why not each one before it.
 
-    On a GPU this tries the backends that have not been tried yet for such inputs.
+    On a GPU this tries the backends that have not been tried yet for such inputs. ``in_tiles``: which one
+    ``attend_tiles`` takes, as where keys come from other ranks.
     """
-    chosen, _, why = _choice(q, k, mask, backend)
+    if in_tiles:
+        where = Where(q.device, q.dtype, q.shape[3], q.shape[2] // k.shape[2])
+        chosen, _, why = choose(backend, where, Need(None, edges=mask.window is not None))
+    else:
+        chosen, _, why = _choice(q, k, mask, backend)
     return f"attention backend {chosen.name} ({chosen.summary}): {why}"
 
 

@@ -25,6 +25,7 @@ from hydra_dist.costs.flops import mfu, training_flops_per_token
 from hydra_dist.data import Batch
 from hydra_dist.errors import RunError
 from hydra_dist.model import Transformer, initialize
+from hydra_dist.model.explain import explain_layers
 from hydra_dist.train import checkpoint
 from hydra_dist.train.engine import Engine, resolve_precision
 from hydra_dist.train.engine_state import EngineState
@@ -263,6 +264,10 @@ class Trainer:
             f"({config.context.strategy}, {config.context.layout}); "
             f"{self.rows_per_step} rows of {config.data.sequence_length:,} tokens a step"
         )
+        dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+        length, over_ranks = config.data.sequence_length, mesh.context_size > 1
+        for line in explain_layers(self.prepared.model, mesh.device, dtype, length, over_ranks):
+            metrics.message(line)
         if self.step:
             metrics.message(f"going on after step {self.step} from {self.prepared.resume_from}")
 
