@@ -47,4 +47,5 @@ def run(options: Options) -> Result:
         finding=f"median MFU {rows[-1][2]:.1%} at {rows[-1][0]:,} tokens" if rows else "nothing measured",
         quantities=quantities,
         table=Table(columns=("tokens", "tokens/s", "MFU", "GiB allocated"), rows=tuple(rows)),
+        rows=tuple(GPU_ROWS),
     )

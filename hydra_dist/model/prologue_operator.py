@@ -39,6 +39,7 @@ def prologue(
     none = (None,) * 4
     w0, b0, w1, b1 = none if taps is None else (taps.w0, taps.b0, taps.w1, taps.b1)
     cosines, sines = (None, None) if rope is None else rope
+    v_before = v_before if switches.value_shift else None
     tensors = (p, z_before, v_before, ages, w0, b0, w1, b1, beta, cosines, sines)
     q, k, v, _ = torch.ops.hydra_dist.ccgqa_prologue(*tensors, list(chunk_lengths), *_plain_values(switches), backend)
     return q, k, v

@@ -8,7 +8,7 @@ import torch
 
 from hydra_dist.context import ContextParallel
 from hydra_dist.errors import ConfigError
-from hydra_dist.model import CCGQA, GQA, ccgqa_reference, convolution, prologue_plain
+from hydra_dist.model import CCGQA, ccgqa_reference, convolution, prologue_plain
 from hydra_dist.model.prologue import Prologue
 
 DOCUMENTS = torch.tensor([[0, 1, 2, 2, 2, 5, 5, 5, 5], [0, 0, 0, 3, 4, 4, 6, 6, 8]])  # some of one token
@@ -203,21 +203,6 @@ def test_the_temperature_learns_from_the_start():
     layer(rows()).square().mean().backward()
     assert bool((layer.prologue.tau == 0).all())
     assert bool((layer.prologue.tau.grad != 0).all())
-
-
-def test_gradients_are_of_the_size_of_plain_attention():
-    """Under a mean loss, and with starting values, nothing in the layer makes gradients larger than GQA's are."""
-    from hydra_dist.model import initialize
-
-    norms = {}
-    for name, layer in (("ccgqa", CCGQA(64, 4, 2, 16)), ("gqa", GQA(64, 4, 2, 16))):
-        initialize(layer, 0, init_std=0.02)
-        generator = torch.Generator().manual_seed(0)
-        x, target = torch.randn(2, 2, 64, 64, generator=generator).unbind()
-        (layer(x) - target).square().mean().backward()
-        norms[name] = torch.stack([p.grad.norm() for p in layer.parameters()]).norm()
-    assert norms["ccgqa"] < 10 * norms["gqa"]
-    assert norms["ccgqa"] < 1.0
 
 
 @pytest.mark.parametrize("mode", ["autocast", "bf16"])
