@@ -29,10 +29,10 @@ from hydra_dist.kernels.specialization import Specialization, of_launch
 TILES: TileTable = {
     # (largest head_dim, fp32 inputs): chip: queries, keys, warps, stages
     (64, False): {"sm_80": Tile(128, 32, 8, 2), "sm_90": Tile(128, 64, 8, 2), "sm_100": Tile(128, 64, 8, 2)},
-    (128, False): {"sm_80": Tile(128, 32, 8, 2), "sm_90": Tile(128, 64, 8, 2), "sm_100": Tile(64, 64, 8, 2)},
+    (128, False): {"sm_80": Tile(64, 32, 4, 2), "sm_90": Tile(128, 64, 8, 2), "sm_100": Tile(64, 64, 8, 2)},
     (256, False): {"sm_80": Tile(64, 16, 8, 2), "sm_90": Tile(128, 32, 8, 2), "sm_100": Tile(32, 32, 8, 2)},
     (64, True): {"sm_80": Tile(32, 32, 8, 1), "sm_90": Tile(32, 32, 8, 1), "sm_100": Tile(32, 32, 8, 1)},
-    (128, True): {"sm_80": Tile(32, 32, 8, 2), "sm_90": Tile(32, 32, 8, 2), "sm_100": Tile(32, 32, 8, 2)},
+    (128, True): {"sm_80": Tile(32, 32, 4, 2), "sm_90": Tile(32, 32, 4, 2), "sm_100": Tile(32, 32, 4, 2)},
 }
 
 

@@ -22,6 +22,7 @@ from hydra_dist.kernels.ccgqa_prologue_rows import (
     locate,
     padded,
     row_before,
+    rows_at,
     transposed_tap,
 )
 from hydra_dist.kernels.ccgqa_prologue_workspace import Workspace, example_workspace
@@ -31,26 +32,26 @@ from hydra_dist.kernels.specialization import Specialization, of_launch
 def launch(workspace: Workspace) -> None:
     """Write the latent channels of grad_p, grad_z_before, and the parts that make up X."""
     tiling = workspace.tiling
-    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    options = {"num_warps": tiling.num_warps, "num_stages": workspace.num_stages}
     through_convolutions[(workspace.num_parts * workspace.blocks,)](**_arguments(workspace), **options)
 
 
 def specializations() -> list[Specialization]:
     """The variants for ``EXAMPLES``."""
-    return [_specialization(example) for example in EXAMPLES]
+    return [_specialization(example, chip) for example in EXAMPLES for chip in example.chips]
 
 
-def _specialization(example: Example) -> Specialization:
-    workspace, _ = example_workspace(example)
+def _specialization(example: Example, chip: str) -> Specialization:
+    workspace, _ = example_workspace(example, chip)
     arguments, tiling = _arguments(workspace), workspace.tiling
     return of_launch(
         f"prologue, convolutions backward: {example}",
         through_convolutions,
         arguments,
         num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        num_stages=workspace.num_stages,
         tensor_cores=example.dtype != torch.float32,
-        chips=example.chips,
+        chips=(chip,),
     )
 
 
@@ -158,23 +159,25 @@ def _block(
     extended = num_rows + BEFORE * tl.where(first_chunk < num_rows, 2, 1)
     tiles_per_batch = tl.cdiv(extended, ROWS)
     for tile in range(split, batch_size * tiles_per_batch, num_splits):
-        batch, chunk, offset, row, length, exists = locate(tile, tiles_per_batch, num_rows, first_chunk, BEFORE, ROWS)
+        batch, row, near, chunk, offset, length, exists = locate(
+            tile, tiles_per_batch, num_rows, first_chunk, BEFORE, ROWS
+        )
         leads = begins_a_chunk(tile, tiles_per_batch, num_rows, first_chunk, BEFORE, BEFORE, ROWS)
-        at = batch * num_rows + row
+        token = batch * num_rows + row
+        grads = rows_at(dy, token, near, C)
         mask = exists[:, None] & inside[None, :]
         dz = tl.zeros((ROWS, CHANNELS), tl.float32)
         if w1 is None or MEAN:
             there = mask & (offset >= 0)[:, None]
-            own = tl.load((dy + at * C)[:, None] + channels[None, :], mask=there, other=0.0).to(tl.float32)
+            own = tl.load(grads[:, None] + channels[None, :], mask=there, other=0.0).to(tl.float32)
             dz += own * ((1.0 if w1 is None else 0.0) + (0.5 if MEAN else 0.0))
             if MEAN:
                 for partner in tl.static_range(GROUP if IS_KEY else 1):
                     theirs = (first_partner + partner) * D + inputs
-                    grad = tl.load((dy + at * C)[:, None] + theirs[None, :], mask=there, other=0.0)
+                    grad = tl.load(grads[:, None] + theirs[None, :], mask=there, other=0.0)
                     dz += grad.to(tl.float32) * (0.5 if IS_KEY else 0.5 / GROUP)
         if w1 is not None:
-            rows = p + batch * p_batch_stride + row * p_row_stride
-            source = rows[:, None] + channels[None, :]
+            source = rows_at(p + batch * p_batch_stride, row, near, p_row_stride)[:, None] + channels[None, :]
             z = tl.load(source, mask=mask & (offset >= 0)[:, None], other=0.0)
             if z_before is not None and leads:
                 before = row_before(z_before, batch, chunk, offset, num_rows, first_chunk, BEFORE, C)
@@ -183,16 +186,16 @@ def _block(
             for tap in tl.static_range(TAPS):
                 read = exists & (offset + tap >= 0) & (offset + tap < length)
                 if ages is not None and tap > 0:
-                    read = read & (tl.load(ages + at + tap, mask=read, other=0) >= tap)
+                    read = read & (tl.load(ages + token + tap + near, mask=read, other=0) >= tap)
                 grad = tl.load(
-                    (dy + (at + tap) * C + latent_head * D)[:, None] + outputs[None, :],
+                    (grads + tap * C + latent_head * D)[:, None] + outputs[None, :],
                     mask=read[:, None] & (outputs < D)[None, :],
                     other=0.0,
                 )
                 dz = tl.dot(grad, weights[tap], dz, input_precision="ieee")
                 updated = updated + (tl.dot(tl.trans(grad), z, sums[tap], input_precision="ieee"),)
             sums = updated
-        target = (grad_p + at * WIDTH)[:, None] + channels[None, :]
+        target = rows_at(grad_p, token, near, WIDTH)[:, None] + channels[None, :]
         rounded = dz.to(p.dtype.element_ty)
         tl.store(target, rounded, mask=mask & (offset >= 0)[:, None])
         if z_before is not None and leads:

@@ -24,11 +24,13 @@ from hydra_dist.kernels.ccgqa_prologue_rows import (
     Example,
     Shape,
     check,
+    chip_of,
     deal,
     num_processors,
     on_device,
     padded,
     refuses,
+    tiling_for,
 )
 from hydra_dist.kernels.specialization import Specialization, of_launch
 
@@ -42,26 +44,33 @@ class Tiling:
     rows: int
     """Of a tile."""
     channels: int
-    """Input channels of a head that are multiplied at a time."""
+    """Input channels of a head that are multiplied at a time, with up to 4 taps; with more taps fewer."""
     num_warps: int
-    num_stages: int
     programs: int
     """That a multiprocessor runs at a time."""
+    resident_bytes: int = 128 * 1024
+    """Up to this size the weights of a head stay in shared memory; larger ones are read again for every tile."""
 
 
 TILINGS = {
-    # Keys: bytes of an element, padded head_dim. Meant for sm_90; not measured on any chip.
-    (2, 16): Tiling(64, 16, 4, 1, 4),
-    (2, 32): Tiling(64, 32, 4, 1, 4),
-    (2, 64): Tiling(64, 64, 4, 1, 3),
-    (2, 128): Tiling(64, 64, 4, 1, 2),
-    (2, 256): Tiling(64, 32, 8, 1, 1),
-    (4, 16): Tiling(32, 16, 4, 1, 4),
-    (4, 32): Tiling(32, 32, 4, 1, 4),
-    (4, 64): Tiling(32, 32, 4, 1, 2),
-    (4, 128): Tiling(32, 32, 4, 1, 1),
-    (4, 256): Tiling(16, 32, 4, 1, 1),
+    # Chip, bytes of an element, padded head_dim; other chips than sm_90 differ where they are named. Chosen by what the
+    # compiler says of registers and shared memory, not by measured times.
+    ("sm_90", 2, 16): Tiling(64, 16, 4, 4),
+    ("sm_90", 2, 32): Tiling(64, 32, 4, 4),
+    ("sm_90", 2, 64): Tiling(64, 64, 4, 3),
+    ("sm_90", 2, 128): Tiling(64, 64, 4, 2),
+    ("sm_90", 2, 256): Tiling(64, 32, 8, 1),
+    ("sm_90", 4, 16): Tiling(32, 16, 4, 4),
+    ("sm_90", 4, 32): Tiling(32, 32, 4, 4),
+    ("sm_90", 4, 64): Tiling(32, 32, 4, 2),
+    ("sm_90", 4, 128): Tiling(16, 16, 8, 1),
+    ("sm_90", 4, 256): Tiling(16, 16, 16, 1),
+    ("sm_80", 2, 64): Tiling(32, 64, 4, 2, 64 * 1024),
+    ("sm_80", 2, 128): Tiling(32, 32, 4, 1, 64 * 1024),
+    ("sm_80", 2, 256): Tiling(32, 32, 8, 1, 64 * 1024),
+    ("sm_100", 2, 128): Tiling(64, 64, 8, 1),
 }
+NUM_STAGES = 1
 
 
 def forward(
@@ -100,7 +109,7 @@ def forward(
         beta: [Hk] fp32, factor on the normalised keys; None: 1.
         cos, sin: [S, 1, half] fp32; None: no rotation.
         eps: added to a head's mean square; None: no norm.
-        tiling: None takes that of ``TILINGS``.
+        tiling: None takes that of ``TILINGS`` for the device.
 
     Returns:
         q [B, S, Hq, D], k and v [B, S, Hk, D] in p's dtype; inv [B, S, Hq + Hk] fp32, one over each head's root mean
@@ -113,30 +122,32 @@ def forward(
     check(p, shape, tuple(chunk_lengths), cos)
     outputs = _outputs(p, shape)
     tensors = (p, z_before, v_before, ages, w0, b0, w1, b1, beta, cos, sin)
-    arguments, grid, tiling = _launch(tensors, outputs, chunk_lengths, shape, tiling)
+    tiling = tiling or tiling_for(TILINGS, chip_of(p.device), p.dtype, head_dim)
+    arguments, grid = _launch(tensors, outputs, chunk_lengths, shape, tiling)
     if p.shape[0] * p.shape[1]:
         with on_device(p.device):
-            prologue[(grid,)](**arguments, num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+            prologue[(grid,)](**arguments, num_warps=tiling.num_warps, num_stages=NUM_STAGES)
     return outputs
 
 
 def specializations() -> list[Specialization]:
     """The variants for ``EXAMPLES``."""
-    return [_specialization(example) for example in EXAMPLES]
+    return [_specialization(example, chip) for example in EXAMPLES for chip in example.chips]
 
 
-def _specialization(example: Example) -> Specialization:
+def _specialization(example: Example, chip: str) -> Specialization:
     shape, tensors = example.shape, list(example.tensors().values())
+    tiling = tiling_for(TILINGS, chip, example.dtype, shape.head_dim)
     assert tensors[0] is not None
-    arguments, _, tiling = _launch(tensors, _outputs(tensors[0], shape), example.chunk_lengths, shape, None)
+    arguments, _ = _launch(tensors, _outputs(tensors[0], shape), example.chunk_lengths, shape, tiling)
     return of_launch(
         f"prologue forward: {example}",
         prologue,
         arguments,
         num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        num_stages=NUM_STAGES,
         tensor_cores=example.dtype != torch.float32,
-        chips=example.chips,
+        chips=(chip,),
     )
 
 
@@ -153,16 +164,14 @@ def _launch(
     outputs: Sequence[Tensor],
     chunk_lengths: Sequence[int],
     shape: Shape,
-    tiling: Tiling | None,
-) -> tuple[dict[str, Any], int, Tiling]:
-    """The kernel's arguments, how many programs, and how it is cut."""
+    tiling: Tiling,
+) -> tuple[dict[str, Any], int]:
+    """The kernel's arguments, and how many programs."""
     p, z_before, v_before, ages, *weights, beta, cos, sin = tensors
     assert p is not None
     if p.stride(-1) != 1:
         p = p.contiguous()
     rest = [None if x is None else x.contiguous() for x in (z_before, v_before, ages, *weights, beta, cos, sin)]
-    if tiling is None:
-        tiling = TILINGS[p.element_size(), padded(shape.head_dim)]
     group = shape.num_query_heads // shape.num_key_heads
     num_taps = sum(shape.kernel_sizes) - 1
     tiles = p.shape[0] * triton.cdiv(p.shape[1], tiling.rows)
@@ -176,6 +185,10 @@ def _launch(
             (shape.num_key_heads, num_taps + 1 + (1 + group) * mean),
             (shape.num_key_heads, 2),
         ),
+    )
+    lanes, channels = (
+        padded(shape.head_dim),
+        max(16, tiling.channels // triton.next_power_of_2(max(1, num_taps - 3))),
     )
     half = 0 if cos is None else cos.shape[-1]
     names = ("z_before", "v_before", "ages", "w0", "b0", "w1", "b1", "beta", "cos", "sin")
@@ -205,13 +218,14 @@ def _launch(
         "MEAN": shape.use_qk_mean,
         "SHIFT": shape.value_shift,
         "ROWS": tiling.rows,
-        "CHANNELS": tiling.channels,
-        "BLOCKS": triton.cdiv(shape.head_dim, tiling.channels),
-        "LANES": padded(shape.head_dim),
+        "CHANNELS": channels,
+        "BLOCKS": triton.cdiv(shape.head_dim, channels),
+        "LANES": lanes,
+        "RESIDENT": shape.kernel_sizes[1] * lanes * lanes * p.element_size() <= tiling.resident_bytes,
         "VALUES": max(16, triton.next_power_of_2(shape.head_dim // 2)),
     }
     programs = shape.num_query_heads * splits[0] + shape.num_key_heads * (splits[1] + splits[2])
-    return arguments, programs, tiling
+    return arguments, programs
 
 
 @triton.jit
@@ -252,6 +266,7 @@ def prologue(
     CHANNELS: tl.constexpr,
     BLOCKS: tl.constexpr,
     LANES: tl.constexpr,
+    RESIDENT: tl.constexpr,
     VALUES: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -261,13 +276,13 @@ def prologue(
         head_rows(
             p, z_before, ages, w0, b0, w1, b1, beta, cos, sin, q, inv, batch_size, num_rows, first_chunk,
             p_batch_stride, p_row_stride, eps, program % NUM_QUERY_HEADS, program // NUM_QUERY_HEADS, query_splits,
-            False, NUM_QUERY_HEADS, NUM_KEY_HEADS, D, K0, K1, HALF, MEAN, ROWS, CHANNELS, BLOCKS, LANES,
+            False, NUM_QUERY_HEADS, NUM_KEY_HEADS, D, K0, K1, HALF, MEAN, ROWS, CHANNELS, BLOCKS, LANES, RESIDENT,
         )  # fmt: skip
     elif values < 0:
         head_rows(
             p, z_before, ages, w0, b0, w1, b1, beta, cos, sin, k, inv, batch_size, num_rows, first_chunk,
             p_batch_stride, p_row_stride, eps, keys % NUM_KEY_HEADS, keys // NUM_KEY_HEADS, key_splits,
-            True, NUM_QUERY_HEADS, NUM_KEY_HEADS, D, K0, K1, HALF, MEAN, ROWS, CHANNELS, BLOCKS, LANES,
+            True, NUM_QUERY_HEADS, NUM_KEY_HEADS, D, K0, K1, HALF, MEAN, ROWS, CHANNELS, BLOCKS, LANES, RESIDENT,
         )  # fmt: skip
     else:
         value_rows(

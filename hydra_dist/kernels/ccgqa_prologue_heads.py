@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from hydra_dist.kernels.ccgqa_prologue_rows import begins_a_chunk, channel_of, locate, rotated, row_before
+from hydra_dist.kernels.ccgqa_prologue_rows import begins_a_chunk, channel_of, locate, rotated, row_before, rows_at
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def head_rows(
     p_batch_stride, p_row_stride, eps, head, split, num_splits,
     IS_KEY: tl.constexpr, NUM_QUERY_HEADS: tl.constexpr, NUM_KEY_HEADS: tl.constexpr, D: tl.constexpr,
     K0: tl.constexpr, K1: tl.constexpr, HALF: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+    CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """One head's rows, every ``num_splits``-th tile from ``split`` on."""
     NUM_HEADS: tl.constexpr = NUM_QUERY_HEADS + NUM_KEY_HEADS
@@ -28,27 +28,22 @@ def head_rows(
     whole = pair < D // 2
     channels = (channel_of(pair, 0, HALF, D), channel_of(pair, 1, HALF, D))
     weights = ()
-    if w1 is not None:
+    if w1 is not None and RESIDENT:
         for delay in tl.static_range(K1):
             for block in tl.static_range(BLOCKS):
-                inputs = block * CHANNELS + tl.arange(0, CHANNELS)
-                tap = w1 + latent_head.to(tl.int64) * (K1 * D * D) + ((K1 - 1 - delay) * D + inputs)[:, None] * D
-                inside = (inputs < D)[:, None] & whole[None, :]
-                left = tl.load(tap + channels[0][None, :], mask=inside, other=0.0)
-                right = tl.load(tap + channels[1][None, :], mask=inside, other=0.0)
-                both = tl.reshape(tl.join(left, right), (CHANNELS, LANES))
-                weights = weights + (both.to(p.dtype.element_ty),)
+                weights = weights + (_weight(w1, latent_head, delay, block, p, HALF, D, K1, CHANNELS, LANES),)
     tiles_per_batch = tl.cdiv(num_rows, ROWS)
     for tile in range(split, batch_size * tiles_per_batch, num_splits):
-        batch, chunk, offset, row, _, exists = locate(tile, tiles_per_batch, num_rows, first_chunk, 0, ROWS)
-        rows = p + batch * p_batch_stride + row * p_row_stride
-        at = batch * num_rows + row
+        batch, row, near, chunk, offset, _, exists = locate(tile, tiles_per_batch, num_rows, first_chunk, 0, ROWS)
+        rows = p + batch * p_batch_stride + (row + near) * p_row_stride
+        at = batch * num_rows + row + near
         there = exists[:, None] & whole[None, :]
         y = (tl.zeros((ROWS, PAIRS), tl.float32), tl.zeros((ROWS, PAIRS), tl.float32))
         if w1 is not None:
             y = _convolved(
-                weights, rows, z_before, ages, w0, b0, tile, batch, chunk, offset, at, exists, num_rows, first_chunk,
-                latent_head * D, p_row_stride, NUM_HEADS * D, D, K0, K1, ROWS, CHANNELS, BLOCKS, LANES,
+                weights, rows, p, z_before, ages, w0, b0, w1, tile, batch, chunk, offset, at, exists, num_rows,
+                first_chunk, latent_head, p_row_stride,
+                NUM_HEADS * D, D, K0, K1, HALF, ROWS, CHANNELS, BLOCKS, LANES, RESIDENT,
             )  # fmt: skip
         summed = ()
         length = tl.zeros((ROWS,), tl.float32)
@@ -77,17 +72,32 @@ def head_rows(
             first *= factor[:, None]
             second *= factor[:, None]
         if HALF > 0:
-            first, second = rotated(first, second, cos, sin, row, exists, HALF, PAIRS, False)
+            first, second = rotated(first, second, cos, sin, row, near, exists, HALF, PAIRS, False)
         target = out + ((at * HEADS_OUT + head) * D)[:, None]
         tl.store(target + channels[0][None, :], first.to(out.dtype.element_ty), mask=there)
         tl.store(target + channels[1][None, :], second.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
+def _weight(
+    w1, head, DELAY: tl.constexpr, BLOCK: tl.constexpr, p, HALF: tl.constexpr, D: tl.constexpr, K1: tl.constexpr,
+    CHANNELS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Some input channels of one tap of w1, [CHANNELS, LANES], the two output channels of a pair side by side."""
+    inputs = BLOCK * CHANNELS + tl.arange(0, CHANNELS)
+    pair = tl.arange(0, LANES // 2)
+    tap = w1 + head.to(tl.int64) * (K1 * D * D) + ((K1 - 1 - DELAY) * D + inputs)[:, None] * D
+    inside = (inputs < D)[:, None] & (pair < D // 2)[None, :]
+    first = tl.load(tap + channel_of(pair, 0, HALF, D)[None, :], mask=inside, other=0.0)
+    second = tl.load(tap + channel_of(pair, 1, HALF, D)[None, :], mask=inside, other=0.0)
+    return tl.reshape(tl.join(first, second), (CHANNELS, LANES)).to(p.dtype.element_ty)
+
+
+@triton.jit
 def _convolved(
-    weights, rows, z_before, ages, w0, b0, tile, batch, chunk, offset, at, exists, num_rows, first_chunk, first_channel,
-    p_row_stride, C: tl.constexpr, D: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
+    weights, rows, p, z_before, ages, w0, b0, w1, tile, batch, chunk, offset, at, exists, num_rows, first_chunk,
+    latent_head, p_row_stride, C: tl.constexpr, D: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Both convolutions without the second one's bias, as the two sides of a head's pairs."""
     BEFORE: tl.constexpr = K0 + K1 - 2
@@ -98,7 +108,7 @@ def _convolved(
     y = tl.zeros((ROWS, LANES), tl.float32)
     for block in tl.static_range(BLOCKS):
         inputs = block * CHANNELS + tl.arange(0, CHANNELS)
-        channels = first_channel + inputs
+        channels = latent_head * D + inputs
         z = ()
         for delay in tl.static_range(BEFORE + 1):
             mask = exists[:, None] & (inputs < D)[None, :]
@@ -117,7 +127,10 @@ def _convolved(
             for earlier in tl.static_range(K0):
                 factor = tl.load(w0 + channels * K0 + (K0 - 1 - earlier), mask=inputs < D, other=0.0)
                 u += z[later + earlier].to(tl.float32) * factor.to(tl.float32)[None, :]
-            weight = weights[later * BLOCKS + block]
+            if RESIDENT:
+                weight = weights[later * BLOCKS + block]
+            else:
+                weight = _weight(w1, latent_head, later, block, p, HALF, D, K1, CHANNELS, LANES)
             y = tl.dot(u.to(weight.dtype), weight, y, input_precision="ieee")
     return tl.split(tl.reshape(y, (ROWS, LANES // 2, 2)))
 
@@ -135,21 +148,21 @@ def value_rows(
     inside = (lanes < D // 2)[None, :]
     tiles_per_batch = tl.cdiv(num_rows, ROWS)
     for tile in range(split, batch_size * tiles_per_batch, num_splits):
-        batch, chunk, offset, row, _, exists = locate(tile, tiles_per_batch, num_rows, first_chunk, 0, ROWS)
-        rows = p + batch * p_batch_stride + row * p_row_stride + (NUM_QUERY_HEADS + NUM_KEY_HEADS) * D
-        at = batch * num_rows + row
-        target = v + (at * (2 * HALF_SIZE))[:, None] + channels[None, :]
+        batch, row, near, chunk, offset, _, exists = locate(tile, tiles_per_batch, num_rows, first_chunk, 0, ROWS)
+        rows = rows_at(p + batch * p_batch_stride, row, near, p_row_stride) + (NUM_QUERY_HEADS + NUM_KEY_HEADS) * D
+        token = batch * num_rows + row
+        target = rows_at(v, token, near, 2 * HALF_SIZE)[:, None] + channels[None, :]
         current = tl.load(rows[:, None] + channels[None, :], mask=exists[:, None] & inside)
         late, read = rows + HALF_SIZE, exists
         if SHIFT:
             late, read = late - p_row_stride, exists & (offset > 0)
             if ages is not None:
-                read = read & (tl.load(ages + at, mask=exists, other=0) > 0)
+                read = read & (tl.load(ages + token + near, mask=exists, other=0) > 0)
         delayed = tl.load(late[:, None] + channels[None, :], mask=read[:, None] & inside, other=0.0)
         if SHIFT and v_before is not None:
             read = exists & (offset == 0)
             if ages is not None:
-                read = read & (tl.load(ages + at, mask=exists, other=0) > 0)
+                read = read & (tl.load(ages + token + near, mask=exists, other=0) > 0)
             before = row_before(v_before, batch, chunk, offset - 1, num_rows, first_chunk, 1, HALF_SIZE)
             delayed += tl.load(before[:, None] + channels[None, :], mask=read[:, None] & inside, other=0.0)
         tl.store(target, current, mask=exists[:, None] & inside)

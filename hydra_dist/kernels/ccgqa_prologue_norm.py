@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hydra_dist.kernels.ccgqa_prologue_rows import EXAMPLES, Example, channel_of, locate, rotated, row_before
+from hydra_dist.kernels.ccgqa_prologue_rows import EXAMPLES, Example, channel_of, locate, rotated, row_before, rows_at
 from hydra_dist.kernels.ccgqa_prologue_workspace import Workspace, example_workspace
 from hydra_dist.kernels.specialization import Specialization, of_launch
 
@@ -37,11 +37,11 @@ def launch(
 
 def specializations() -> list[Specialization]:
     """The variants for ``EXAMPLES``."""
-    return [_specialization(example) for example in EXAMPLES]
+    return [_specialization(example, chip) for example in EXAMPLES for chip in example.chips]
 
 
-def _specialization(example: Example) -> Specialization:
-    workspace, rest = example_workspace(example)
+def _specialization(example: Example, chip: str) -> Specialization:
+    workspace, rest = example_workspace(example, chip)
     arguments = _arguments(workspace, *rest)
     return of_launch(
         f"prologue, norm backward: {example}",
@@ -50,7 +50,7 @@ def _specialization(example: Example) -> Specialization:
         num_warps=NUM_WARPS,
         num_stages=1,
         tensor_cores=False,
-        chips=example.chips,
+        chips=(chip,),
     )
 
 
@@ -168,20 +168,20 @@ def _head_through_norm(
     NUM_HEADS: tl.constexpr = NUM_QUERY_HEADS + NUM_KEY_HEADS
     HEADS_HERE: tl.constexpr = NUM_KEY_HEADS if IS_KEY else NUM_QUERY_HEADS
     latent_head = head + NUM_QUERY_HEADS if IS_KEY else head
-    batch, _, _, row, _, exists = locate(tile, tl.cdiv(num_rows, ROWS), num_rows, first_chunk, 0, ROWS)
-    at = batch * num_rows + row
+    batch, row, near, _, _, _, exists = locate(tile, tl.cdiv(num_rows, ROWS), num_rows, first_chunk, 0, ROWS)
+    token = batch * num_rows + row
     pair = tl.arange(0, PAIRS)
     there = exists[:, None] & (pair < D // 2)[None, :]
     a, b = channel_of(pair, 0, HALF, D), channel_of(pair, 1, HALF, D)
-    source = (grad + batch * batch_stride + row * row_stride + head * head_stride)[:, None]
+    source = rows_at(grad + batch * batch_stride + head * head_stride, row, near, row_stride)[:, None]
     first = tl.load(source + a[None, :], mask=there, other=0.0).to(tl.float32)
     second = tl.load(source + b[None, :], mask=there, other=0.0).to(tl.float32)
     if inv is not None:
-        source = (out + (at * HEADS_HERE + head) * D)[:, None]
+        source = rows_at(out + head * D, token, near, HEADS_HERE * D)[:, None]
         out_first = tl.load(source + a[None, :], mask=there, other=0.0).to(tl.float32)
         out_second = tl.load(source + b[None, :], mask=there, other=0.0).to(tl.float32)
         along = tl.sum(first * out_first + second * out_second, axis=1)
-        factor = tl.load(inv + at * NUM_HEADS + latent_head, mask=exists, other=0.0)
+        factor = tl.load(rows_at(inv + latent_head, token, near, NUM_HEADS), mask=exists, other=0.0)
         share = along / D
         if IS_KEY and beta is not None:
             temperature = tl.load(beta + head).to(tl.float32)
@@ -191,8 +191,8 @@ def _head_through_norm(
         first = (first - out_first * share[:, None]) * factor[:, None]
         second = (second - out_second * share[:, None]) * factor[:, None]
     if HALF > 0:
-        first, second = rotated(first, second, cos, sin, row, exists, HALF, PAIRS, True)
-    target = (dy + at * dy_row_stride + latent_head * D)[:, None]
+        first, second = rotated(first, second, cos, sin, row, near, exists, HALF, PAIRS, True)
+    target = rows_at(dy + latent_head * D, token, near, dy_row_stride)[:, None]
     tl.store(target + a[None, :], first.to(dy.dtype.element_ty), mask=there)
     tl.store(target + b[None, :], second.to(dy.dtype.element_ty), mask=there)
     if b1_parts is not None:
@@ -210,29 +210,31 @@ def _values(
     """D / 2 channels of the values' first half and as many, of the row after, of the second."""
     LATENT: tl.constexpr = (NUM_QUERY_HEADS + NUM_KEY_HEADS) * D
     HALF_SIZE: tl.constexpr = NUM_KEY_HEADS * D // 2
-    batch, chunk, offset, row, length, exists = locate(tile, tl.cdiv(num_rows, ROWS), num_rows, first_chunk, 0, ROWS)
-    at = batch * num_rows + row
+    batch, row, near, chunk, offset, length, exists = locate(
+        tile, tl.cdiv(num_rows, ROWS), num_rows, first_chunk, 0, ROWS
+    )
+    token = batch * num_rows + row
     lanes = tl.arange(0, PAIRS)[None, :]
     inside = lanes < D // 2
     there = exists[:, None] & inside
-    rows = grad_v + batch * batch_stride + row * row_stride
+    rows = rows_at(grad_v + batch * batch_stride, row, near, row_stride)
     current = rows + (block // 2) * head_stride + (block % 2) * (D // 2)
     other = block + NUM_KEY_HEADS
     delayed = rows + (other // 2) * head_stride + (other % 2) * (D // 2)
-    target = (grad_p + at * (LATENT + 2 * HALF_SIZE) + LATENT + block * (D // 2))[:, None] + lanes
+    target = rows_at(grad_p + LATENT + block * (D // 2), token, near, LATENT + 2 * HALF_SIZE)[:, None] + lanes
     tl.store(target, tl.load(current[:, None] + lanes, mask=there), mask=there)
     read, source = exists, delayed
     if SHIFT:
         read, source = exists & (offset + 1 < length), delayed + row_stride
         if ages is not None:
-            read = read & (tl.load(ages + at + 1, mask=read, other=0) > 0)
+            read = read & (tl.load(ages + token + 1 + near, mask=read, other=0) > 0)
     value = tl.load(source[:, None] + lanes, mask=read[:, None] & inside, other=0.0)
     tl.store(target + HALF_SIZE, value, mask=there)
     if SHIFT and grad_v_before is not None:
         leads = exists & (offset == 0)
         read = leads
         if ages is not None:
-            read = read & (tl.load(ages + at, mask=leads, other=0) > 0)
+            read = read & (tl.load(ages + token + near, mask=leads, other=0) > 0)
         value = tl.load(delayed[:, None] + lanes, mask=read[:, None] & inside, other=0.0)
-        before = row_before(grad_v_before, batch, chunk, -1, num_rows, first_chunk, 1, HALF_SIZE)
+        before = row_before(grad_v_before, batch, chunk, offset - 1, num_rows, first_chunk, 1, HALF_SIZE)
         tl.store((before + block * (D // 2))[:, None] + lanes, value, mask=leads[:, None] & inside)

@@ -8,7 +8,9 @@ thread to thread. Channels that are not rotated make up pairs as well.
 # mypy: allow-untyped-defs, disable-error-code="assignment,misc,var-annotated"
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from hydra_dist.kernels.specialization import CHIPS
 
+TilingType = TypeVar("TilingType")
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether Triton runs the kernels as NumPy code on CPU tensors (TRITON_INTERPRET=1)."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,6 +130,14 @@ def chip_of(device: torch.device) -> str:
     return own if own in CHIPS else "sm_80"
 
 
+def tiling_for(
+    table: Mapping[tuple[str, int, int], TilingType], chip: str, dtype: torch.dtype, head_dim: int
+) -> TilingType:
+    """The tiling of a chip; where the table has none for it, that of sm_90."""
+    size = dtype.itemsize, padded(head_dim)
+    return table.get((chip, *size)) or table["sm_90", *size]
+
+
 @dataclass(frozen=True)
 class Example:
     """A layer that the kernels are compiled for ahead of time."""
@@ -192,24 +203,31 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 def locate(tile, tiles_per_batch, num_rows, first_chunk, BEFORE: tl.constexpr, ROWS: tl.constexpr):
     """Where the rows of a tile stand; ``BEFORE`` rows in front of each chunk count as rows.
 
-    Returns the batch row (64 bits), the chunk (64 bits), each row's offset in it (negative for rows before it), the
-    local row that this offset means (64 bits), the rows of the chunk, and which rows of the tile exist.
+    Returns the batch row, a local row (both one number of 64 bits), the tile's local rows counted from that one (32
+    bits), each row's chunk, its offset in it (negative for rows before it), the chunk's rows, and which rows exist.
     """
     batch = (tile // tiles_per_batch).to(tl.int64)
-    index = (tile % tiles_per_batch) * ROWS + tl.arange(0, ROWS)
+    first = (tile % tiles_per_batch) * ROWS
+    index = first + tl.arange(0, ROWS)
     second = index >= first_chunk + BEFORE
     offset = tl.where(second, index - first_chunk - BEFORE, index) - BEFORE
     length = tl.where(second, num_rows - first_chunk, first_chunk)
-    row = tl.where(second, first_chunk, 0).to(tl.int64) + offset
+    near = tl.where(second, first_chunk, 0) + offset - first
     exists = index < num_rows + BEFORE * tl.where(first_chunk < num_rows, 2, 1)
-    return batch, second.to(tl.int64), offset, row, length, exists
+    return batch, first.to(tl.int64), near, second.to(tl.int32), offset, length, exists
+
+
+@triton.jit
+def rows_at(base, first, near, stride):
+    """Pointers to rows ``first`` (one number of 64 bits) + ``near`` (a tile's, 32 bits), ``stride`` elements apart."""
+    return base + first * stride + near * stride
 
 
 @triton.jit
 def row_before(z_before, batch, chunk, offset, num_rows, first_chunk, BEFORE: tl.constexpr, C: tl.constexpr):
-    """Pointers to the rows of z_before [B, chunks, BEFORE, C] at negative offsets."""
+    """Pointers to the rows of z_before [B, chunks, BEFORE, C] at negative offsets (others: somewhere in it)."""
     num_chunks = tl.where(first_chunk < num_rows, 2, 1)
-    return z_before + ((batch * num_chunks + chunk) * BEFORE + (BEFORE + offset)) * C
+    return z_before + batch * num_chunks * (BEFORE * C) + (chunk * BEFORE + BEFORE + tl.minimum(offset, -1)) * C
 
 
 @triton.jit
@@ -232,13 +250,12 @@ def channel_of(pair, side, HALF: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def rotated(first, second, cos, sin, row, exists, HALF: tl.constexpr, PAIRS: tl.constexpr, BACK: tl.constexpr):
+def rotated(first, second, cos, sin, row, near, exists, HALF: tl.constexpr, PAIRS: tl.constexpr, BACK: tl.constexpr):
     """Turn the pairs (first, second) of each row by its angles, or back; pairs from HALF on stay as they are."""
     pair = tl.arange(0, PAIRS)
-    angle = row[:, None] * HALF + pair[None, :]
     turns = exists[:, None] & (pair < HALF)[None, :]
-    cosines = tl.load(cos + angle, mask=turns, other=1.0)
-    sines = tl.load(sin + angle, mask=turns, other=0.0)
+    cosines = tl.load(rows_at(cos, row, near, HALF)[:, None] + pair[None, :], mask=turns, other=1.0)
+    sines = tl.load(rows_at(sin, row, near, HALF)[:, None] + pair[None, :], mask=turns, other=0.0)
     if BACK:
         sines = -sines
     return first * cosines - second * sines, second * cosines + first * sines

@@ -32,11 +32,11 @@ def launch(workspace: Workspace, b0: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 
 def specializations() -> list[Specialization]:
     """The variants for ``EXAMPLES``."""
-    return [_specialization(example) for example in EXAMPLES]
+    return [_specialization(example, chip) for example in EXAMPLES for chip in example.chips]
 
 
-def _specialization(example: Example) -> Specialization:
-    workspace, _ = example_workspace(example)
+def _specialization(example: Example, chip: str) -> Specialization:
+    workspace, _ = example_workspace(example, chip)
     arguments = _arguments(workspace, workspace.empty(example.shape.latent_size))
     return of_launch(
         f"prologue, weights backward: {example}",
@@ -45,7 +45,7 @@ def _specialization(example: Example) -> Specialization:
         num_warps=NUM_WARPS,
         num_stages=1,
         tensor_cores=False,
-        chips=example.chips,
+        chips=(chip,),
     )
 
 

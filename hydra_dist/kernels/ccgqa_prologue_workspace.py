@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hydra_dist.kernels.ccgqa_prologue_rows import Example, Shape, deal, num_processors, padded
+from hydra_dist.kernels.ccgqa_prologue_rows import Example, Shape, chip_of, deal, num_processors, tiling_for
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,22 @@ class Tiling:
 
 
 TILINGS = {
-    # Keys: bytes of an element, padded head_dim. Meant for sm_90; not measured on any chip.
-    (2, 16): Tiling(64, 64, 16, 4, 1, 4),
-    (2, 32): Tiling(64, 64, 32, 4, 1, 4),
-    (2, 64): Tiling(64, 64, 32, 4, 1, 2),
-    (2, 128): Tiling(32, 64, 64, 8, 1, 1),
-    (2, 256): Tiling(16, 64, 32, 8, 1, 1),
-    (4, 16): Tiling(64, 32, 16, 4, 1, 4),
-    (4, 32): Tiling(64, 32, 32, 4, 1, 2),
-    (4, 64): Tiling(32, 32, 32, 4, 1, 2),
-    (4, 128): Tiling(32, 32, 32, 8, 1, 1),
-    (4, 256): Tiling(16, 16, 16, 8, 1, 1),
+    # Chip, bytes of an element, padded head_dim; other chips than sm_90 differ where they are named. Chosen by what the
+    # compiler says of registers and shared memory, not by measured times.
+    ("sm_90", 2, 16): Tiling(64, 64, 16, 4, 1, 4),
+    ("sm_90", 2, 32): Tiling(64, 64, 32, 4, 1, 4),
+    ("sm_90", 2, 64): Tiling(64, 64, 32, 4, 2, 2),
+    ("sm_90", 2, 128): Tiling(32, 64, 64, 8, 2, 1),
+    ("sm_90", 2, 256): Tiling(16, 64, 16, 8, 1, 1),
+    ("sm_90", 4, 16): Tiling(64, 16, 16, 4, 1, 4),
+    ("sm_90", 4, 32): Tiling(64, 16, 16, 4, 1, 4),
+    ("sm_90", 4, 64): Tiling(32, 16, 16, 4, 1, 2),
+    ("sm_90", 4, 128): Tiling(32, 16, 16, 8, 1, 1),
+    ("sm_90", 4, 256): Tiling(16, 16, 16, 16, 1, 1),
+    ("sm_80", 2, 64): Tiling(64, 32, 32, 4, 1, 2),
+    ("sm_80", 2, 128): Tiling(32, 32, 32, 8, 1, 1),
+    ("sm_80", 2, 256): Tiling(16, 32, 16, 8, 1, 1),
+    ("sm_100", 2, 128): Tiling(32, 64, 64, 8, 1, 1),
 }
 
 
@@ -62,7 +67,7 @@ class Workspace:
             None if x is None else x.contiguous() for x in (z_before, v_before, ages, w0, w1, beta)
         )
         if tiling is None:
-            tiling = TILINGS[p.element_size(), padded(shape.head_dim)]
+            tiling = tiling_for(TILINGS, chip_of(p.device), p.dtype, shape.head_dim)
         self.chunk_lengths, self.shape, self.tiling = chunk_lengths, shape, tiling
         self.needs_second = w1 is not None or shape.use_qk_mean
         self.norm_tiles = p.shape[0] * triton.cdiv(p.shape[1], tiling.norm_rows)
@@ -91,6 +96,11 @@ class Workspace:
         """Input channels that a program of the second kernel owns; its sums are as large whatever the taps."""
         taps = sum(self.shape.kernel_sizes) - 1
         return max(16, self.tiling.channels // triton.next_power_of_2(triton.cdiv(taps, 3)))
+
+    @property
+    def num_stages(self) -> int:
+        """Pipelining keeps a tile of every tap in shared memory, which has room for 3."""
+        return self.tiling.num_stages if sum(self.shape.kernel_sizes) - 1 <= 3 else 1
 
     @property
     def blocks(self) -> int:
@@ -128,9 +138,10 @@ class Workspace:
         }
 
 
-def example_workspace(example: Example) -> tuple[Workspace, tuple[Any, ...]]:
-    """A backward on the meta device, and the other inputs of its first kernel."""
+def example_workspace(example: Example, chip: str) -> tuple[Workspace, tuple[Any, ...]]:
+    """A backward on the meta device, cut for a chip, and the other inputs of its first kernel."""
     x, shape = example.tensors(), example.shape
+    tiling = tiling_for(TILINGS, chip, example.dtype, shape.head_dim)
     p, z_before, v_before, ages, w0, w1, beta = (
         x[name] for name in ("p", "z_before", "v_before", "ages", "w0", "w1", "beta")
     )
@@ -138,5 +149,5 @@ def example_workspace(example: Example) -> tuple[Workspace, tuple[Any, ...]]:
     q = p.new_empty(*p.shape[:2], shape.num_query_heads, shape.head_dim)
     k = p.new_empty(*p.shape[:2], shape.num_key_heads, shape.head_dim)
     inv = p.new_empty(*p.shape[:2], shape.num_heads, dtype=torch.float32)
-    workspace = Workspace(p, z_before, v_before, ages, w0, w1, beta, example.chunk_lengths, shape, None)
+    workspace = Workspace(p, z_before, v_before, ages, w0, w1, beta, example.chunk_lengths, shape, tiling)
     return workspace, ((q, k, k), q, k, inv, x["cos"], x["sin"])

@@ -302,13 +302,15 @@ def test_any_scale(scale, device):
         assert difference(a, b) <= 5e-6
 
 
-def test_gradients_come_in_the_dtype_that_is_asked_for(device):
+def test_the_tables_tiles_and_gradients_in_the_dtype_that_is_asked_for(device):
     case = CASES["one row"]
     q, k, v, grad_out = inputs(case, device, torch.float16)
-    out, lse = run_forward(case, q, k, v)
-    assert {x.dtype for x in run_backward(case, grad_out, q, k, v, out, lse, grad_dtype=torch.float16)} == {
-        torch.float16
-    }
+    expected, _, *grads = truth(case, q, k, v, grad_out)
+    out, lse = run_forward(case, q, k, v, tile=None)
+    assert difference(out, expected) <= 1e-3
+    found = run_backward(case, grad_out, q, k, v, out, lse, tile=None, grad_dtype=torch.float16)
+    assert {x.dtype for x in found} == {torch.float16}
+    assert difference(found[2], grads[2]) <= 1e-3
 
 
 def test_no_keys_and_no_queries(device):

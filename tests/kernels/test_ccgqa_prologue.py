@@ -1,4 +1,4 @@
-"""The prologue's kernels against the formulas under autograd in fp64, and against plain PyTorch in the same precision."""
+"""The prologue's kernels against the formulas under autograd in fp64, and against plain PyTorch as precise as they."""
 
 from dataclasses import dataclass, replace
 
@@ -6,15 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from hydra_dist.kernels import ccgqa_prologue_backward, ccgqa_prologue_convolutions, ccgqa_prologue_forward
-from hydra_dist.kernels.ccgqa_prologue_rows import DTYPES, deal, refuses
+from hydra_dist.kernels import (
+    ccgqa_prologue_backward,
+    ccgqa_prologue_convolutions,
+    ccgqa_prologue_forward,
+    ccgqa_prologue_workspace,
+)
 from hydra_dist.model import prologue_plain
 from hydra_dist.model.prologue_plain import Switches, Taps
 
 GRADIENTS = ("p", "z_before", "v_before", "w0", "b0", "w1", "b1", "beta")
 SMALL = (
-    ccgqa_prologue_forward.Tiling(rows=16, channels=16, num_warps=4, num_stages=1, programs=1),
-    ccgqa_prologue_backward.Tiling(norm_rows=16, rows=16, channels=16, num_warps=4, num_stages=1, programs=1),
+    ccgqa_prologue_forward.Tiling(rows=16, channels=16, num_warps=4, programs=1),
+    ccgqa_prologue_workspace.Tiling(norm_rows=16, rows=16, channels=16, num_warps=4, num_stages=1, programs=1),
 )
 
 
@@ -22,7 +26,7 @@ SMALL = (
 class Case:
     """One combination of what a layer may be and what its rows may be."""
 
-    heads: tuple[int, int] = (4, 2)
+    heads: tuple[int, int] = (2, 1)
     head_dim: int = 16
     half: int = 4
     taps: tuple[int, int] | None = (2, 2)
@@ -30,7 +34,7 @@ class Case:
     norm: bool = True
     shift: bool = True
     beta: bool = True
-    chunks: tuple[int, ...] = (40,)
+    chunks: tuple[int, ...] = (24,)
     before: bool = False
     documents: tuple[tuple[int, ...], ...] = ()
     """First positions of documents in each batch row, counted from the first local row; None begin without any."""
@@ -167,31 +171,32 @@ def difference(a: Tensor | None, b: Tensor | None) -> float:
 
 BARE = {"taps": None, "mean": False, "norm": False, "shift": False, "half": 0, "beta": False}
 CASES = {
-    "as usual": Case(),
-    "rows before": Case(before=True),
-    "two chunks": Case(before=True, chunks=(23, 14), heads=(2, 1)),
+    "as usual": Case(heads=(4, 2), chunks=(40,)),
+    "rows before": Case(heads=(4, 1), before=True),
+    "two chunks": Case(before=True, chunks=(23, 14)),
     "a chunk shorter than the taps reach": Case(before=True, chunks=(2, 17), taps=(3, 3), heads=(1, 1)),
     "two chunks, nothing before them": Case(chunks=(9, 20), heads=(2, 2)),
-    "documents": Case(documents=((0, 1, 2, 9, 16, 17, 33),), heads=(2, 1)),
+    "documents": Case(documents=((0, 1, 2, 9, 16, 17),)),
     "documents, rows before": Case(documents=((-1, 5, 6, 20, 22), (-30, 21)), batch_size=2, before=True,
-                                   chunks=(19, 10), taps=(3, 2), heads=(2, 1), half=8),
+                                   chunks=(19, 10), taps=(3, 2), half=8),
     "a document begins with the second chunk": Case(documents=((-4, 16),), before=True, chunks=(16, 9), heads=(1, 1)),
     "taps 1 1": Case(taps=(1, 1), before=True, chunks=(20,)),
     "taps 1 4": Case(taps=(1, 4), before=True, chunks=(20,), heads=(1, 1)),
     "taps 4 1": Case(taps=(4, 1), heads=(1, 1), documents=((0, 11, 13),), chunks=(20,)),
-    "taps 4 3": Case(taps=(4, 3), before=True, heads=(2, 1)),
-    "groups of 8": Case(heads=(8, 1), chunks=(20,)),
+    "taps 4 3": Case(taps=(4, 3), before=True),
+    "groups of 8": Case(heads=(8, 1), chunks=(17,)),
     "odd key heads": Case(heads=(3, 3), half=0, chunks=(33,)),
-    "head_dim 24": Case(head_dim=24, half=6, heads=(2, 1), chunks=(20,)),
-    "head_dim 32, all turned": Case(head_dim=32, half=16, heads=(2, 1), chunks=(20,), documents=((0, 3),)),
+    "head_dim 24": Case(head_dim=24, half=6, chunks=(20,)),
+    "head_dim 32, all turned": Case(head_dim=32, half=16, chunks=(20,), documents=((0, 3),)),
+    "head_dim 80": Case(head_dim=80, half=10, heads=(1, 1), chunks=(20,)),
     "head_dim 64": Case(head_dim=64, half=2, heads=(1, 1), chunks=(20,)),
     "no convolutions": Case(taps=None),
-    "no mean": Case(mean=False, heads=(2, 1)),
-    "no norm": Case(norm=False, heads=(2, 1)),
-    "no norm, no beta": Case(norm=False, beta=False, heads=(2, 1)),
-    "norm without beta": Case(beta=False, heads=(2, 1)),
-    "no value shift": Case(shift=False, before=True, heads=(2, 1)),
-    "convolutions alone": Case(**BARE | {"taps": (2, 2)}, heads=(2, 1)),
+    "no mean": Case(mean=False),
+    "no norm": Case(norm=False),
+    "no norm, no beta": Case(norm=False, beta=False),
+    "norm without beta": Case(beta=False),
+    "no value shift": Case(shift=False, before=True),
+    "convolutions alone": Case(**BARE | {"taps": (2, 2)}),
     "mean alone": Case(**BARE | {"mean": True}),
     "norm alone": Case(**BARE | {"norm": True, "beta": True}),
     "nothing": Case(**BARE, head_dim=24),
@@ -253,7 +258,7 @@ def test_the_check_above_rejects(name, device):
 
 
 def test_nothing_is_left_unwritten_and_that_would_be_seen(device, monkeypatch):
-    case = Case(before=True, chunks=(20,), heads=(2, 1))
+    case = Case(before=True, chunks=(20,))
     x = case.inputs()
     _, grads, _ = expected(case, x)
     outputs, results = kernels(case, x, grads, device=device)
@@ -265,13 +270,13 @@ def test_nothing_is_left_unwritten_and_that_would_be_seen(device, monkeypatch):
 
 @pytest.mark.parametrize(
     "case",
-    [Case(before=True, chunks=(25, 20), heads=(4, 1), head_dim=32), Case(documents=((0, 7, 8),), taps=(4, 3))],
+    [Case(before=True, chunks=(15, 10), heads=(4, 1), head_dim=32), Case(documents=((0, 7, 8),), taps=(4, 3))],
 )
 def test_half_precision_loses_at_most_twice_what_plain_pytorch_loses(case, half_dtypes, device):
-    """Both get the same rounded inputs; the error is that of the root mean square, over three draws."""
+    """Both get the same rounded inputs; the error is that of the root mean square, over two draws."""
     for dtype in half_dtypes:
         errors: dict[str, list[float]] = {}
-        for _ in range(3):
+        for _ in range(2):
             x = {n: v.to(dtype).double() if n in ("p", "z_before", "v_before") and v is not None else v
                  for n, v in case.inputs().items()}  # fmt: skip
             outputs, grads, results = expected(case, x)
@@ -284,6 +289,8 @@ def test_half_precision_loses_at_most_twice_what_plain_pytorch_loses(case, half_
                         errors.setdefault(name, [0.0, 0.0])[which] += (a.double().cpu() - b).square().mean().item()
         for name, (our_error, their_error) in errors.items():
             assert our_error <= 4 * their_error, name
+        off_by_one_percent = (1.01 * ours[0][0].double().cpu() - outputs[0]).square().mean().item()
+        assert off_by_one_percent > 4 * errors["q"][1]
 
 
 def plain(case: Case, x: dict[str, Tensor | None], grads: list[Tensor], dtype: torch.dtype) -> tuple[list, list]:
@@ -298,11 +305,11 @@ def plain(case: Case, x: dict[str, Tensor | None], grads: list[Tensor], dtype: t
 
 
 def test_rows_of_any_strides(device):
-    case = Case(before=True, chunks=(20,), batch_size=2, heads=(2, 1))
+    case = Case(before=True, chunks=(20,), batch_size=2)
     x = case.inputs()
     _, grads, _ = expected(case, x)
     outputs, results = kernels(case, x, grads, device=device)
-    wide = torch.cat([x["p"], x["p"]], dim=-1)[..., : x["p"].shape[-1]].float()
+    wide = torch.cat([x["p"], x["p"]], dim=-1).float().to(device)[..., : x["p"].shape[-1]]
     assert not wide.is_contiguous()
     strided = [grad.transpose(1, 2).contiguous().transpose(1, 2).float() for grad in grads]
     again, results_again = kernels(case, x | {"p": wide}, strided, device=device)
@@ -311,7 +318,7 @@ def test_rows_of_any_strides(device):
 
 
 def test_two_runs_give_the_same_bits_and_other_tiles_the_same_numbers(device):
-    case = Case(before=True, documents=((-3, 8),), chunks=(30, 21), heads=(2, 1))
+    case = Case(before=True, documents=((-3, 8),), chunks=(30, 21))
     x = case.inputs()
     _, grads, _ = expected(case, x)
     first, second = (kernels(case, x, grads, device=device) for _ in range(2))
@@ -324,33 +331,7 @@ def test_two_runs_give_the_same_bits_and_other_tiles_the_same_numbers(device):
 def test_no_rows_at_all(device):
     case = Case(chunks=(0,))
     x = case.inputs()
-    grads = [torch.zeros(1, 0, heads, 16) for heads in (4, 2, 2)]
+    grads = [torch.zeros(1, 0, heads, 16) for heads in (2, 1, 1)]
     outputs, results = kernels(case, x, grads, device=device)
     assert [out.numel() for out in outputs] == [0, 0, 0]
     assert all(not grad.any() for grad in results if grad is not None)
-
-
-def test_work_is_dealt_evenly():
-    assert deal(1000, 100, ((8, 5), (2, 10))) == (8, 16)
-    assert deal(3, 100, ((8, 5), (2, 10))) == (3, 3)
-    assert deal(1000, 4, ((8, 5), (2, 1))) == (1, 1)
-
-
-def test_what_the_kernels_refuse(device, half_dtypes):
-    for dtype in (torch.float32, *half_dtypes):
-        assert refuses(device, dtype, 128, (2, 2), 2) is None
-    for reason, arguments in {
-        "float64": (torch.float64, 128),
-        "head_dim up to 256, not 258": (torch.float32, 258),
-        "head_dim up to 256, not 15": (torch.float32, 15),
-        "not 3": (torch.float32, 64, (2, 2), 3),
-        "(0, 2) is not two positive": (torch.float32, 64, (0, 2)),
-    }.items():
-        assert reason in refuses(device, *arguments)
-    assert ("bfloat16" in (refuses(device, torch.bfloat16, 64) or "")) == (torch.bfloat16 not in half_dtypes)
-    assert set(half_dtypes) < set(DTYPES)
-    case = Case(chunks=(20,))
-    with pytest.raises(ValueError, match="chunk_lengths"):
-        kernels(replace(case, chunks=(19,)), case.inputs(), [], device=device)
-    with pytest.raises(ValueError, match="a rotation of 2 x 9 channels does not fit into head_dim 16"):
-        kernels(case, replace(case, half=9).inputs(), [], device=device)

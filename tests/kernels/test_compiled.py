@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import benchmarks.kernels as benchmark
 from hydra_dist.kernels.ahead_of_time import Compiled
 from hydra_dist.kernels.specialization import CHIPS, Specialization
 
@@ -114,8 +115,20 @@ def test_a_sound_kernel_has_no_fault(tmp_path, compile_kernels):
 
 
 def test_tensor_memory_is_checked_too():
-    report = Compiled("f.py", "n", "sm_100", 4, 2, 128, 0, 0, 1024, 513, ("tcgen05.mma",), True, 1.0)
-    assert report.faults == ("f.py: n on sm_100: needs 513 columns of tensor memory, and a block has 512",)
+    assert _report(513).faults == ("f.py: n on sm_100: needs 513 columns of tensor memory, and a block has 512",)
+
+
+def test_a_fault_breaks_the_benchmarks_claim():
+    sound = benchmark.summarize([_report(512)])
+    assert sound.holds
+    assert sound.table.rows == (("n", "sm_100", 4, 2, 128, 0, 1.0, "tcgen05.mma"),)
+    broken = benchmark.summarize([_report(512), _report(513)])
+    assert not broken.holds
+    assert "513 columns" in broken.finding
+
+
+def _report(columns: int) -> Compiled:
+    return Compiled("f.py", "n", "sm_100", 4, 2, 128, 0, 0, 1024, columns, ("tcgen05.mma",), True, 1.0)
 
 
 def test_a_launch_decides_what_the_compiler_may_assume(tmp_path):
