@@ -22,6 +22,9 @@ SECONDS_TO_END = 10.0
 
 # Read by torch when it is imported, here and in processes that tests start: small tensors gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    # Read by triton when it is first imported, which any library may do: without a GPU kernels are interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 

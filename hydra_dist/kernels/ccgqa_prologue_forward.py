@@ -59,7 +59,7 @@ TILINGS = {
     ("sm_90", 2, 32): Tiling(64, 32, 4, 4),
     ("sm_90", 2, 64): Tiling(64, 64, 4, 3),
     ("sm_90", 2, 128): Tiling(64, 64, 4, 2),
-    ("sm_90", 2, 256): Tiling(64, 32, 8, 1),
+    ("sm_90", 2, 256): Tiling(32, 32, 8, 1),
     ("sm_90", 4, 16): Tiling(32, 16, 4, 4),
     ("sm_90", 4, 32): Tiling(32, 32, 4, 4),
     ("sm_90", 4, 64): Tiling(32, 32, 4, 2),
@@ -68,6 +68,7 @@ TILINGS = {
     ("sm_80", 2, 64): Tiling(32, 64, 4, 2, 64 * 1024),
     ("sm_80", 2, 128): Tiling(32, 32, 4, 1, 64 * 1024),
     ("sm_80", 2, 256): Tiling(32, 32, 8, 1, 64 * 1024),
+    ("sm_80", 4, 128): Tiling(16, 16, 8, 1, 64 * 1024),
     ("sm_100", 2, 128): Tiling(64, 64, 8, 1),
 }
 NUM_STAGES = 1
@@ -186,10 +187,9 @@ def _launch(
             (shape.num_key_heads, 2),
         ),
     )
-    lanes, channels = (
-        padded(shape.head_dim),
-        max(16, tiling.channels // triton.next_power_of_2(max(1, num_taps - 3))),
-    )
+    lanes = padded(shape.head_dim)
+    # A tile of z for each tap is in registers at a time.
+    channels = max(16, tiling.channels // triton.next_power_of_2(max(1, num_taps - 3)))
     half = 0 if cos is None else cos.shape[-1]
     names = ("z_before", "v_before", "ages", "w0", "b0", "w1", "b1", "beta", "cos", "sin")
     q, k, v, inv = outputs

@@ -45,8 +45,10 @@ def prologue(
     return q, k, v
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, switches: Switches) -> tuple[str, str]:
-    """The implementation that ``backend`` names for such inputs, and why.
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, switches: Switches, num_chunks: int = 1
+) -> tuple[str, str]:
+    """The implementation that ``backend`` names for such inputs in ``num_chunks`` runs of rows, and why.
 
     Raises ConfigError for an unknown name, and for ``triton`` where the kernels cannot take the inputs.
     """
@@ -55,7 +57,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, switches: Swi
     if backend not in ("auto", "triton"):
         known = ("auto", *BACKENDS)
         raise ConfigError(f'prologue backend "{backend}": known are {", ".join(known)}{nearest(backend, known)}')
-    reason = _kernels_refuse(device, dtype, switches)
+    reason = _kernels_refuse(device, dtype, switches, num_chunks)
     if reason is None:
         return "triton", "asked for" if backend == "triton" else f"the kernels take {dtype} on {device.type}"
     if backend == "triton":
@@ -63,12 +65,12 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, switches: Swi
     return "plain", f"not triton ({reason})"
 
 
-def _kernels_refuse(device: torch.device, dtype: torch.dtype, switches: Switches) -> str | None:
+def _kernels_refuse(device: torch.device, dtype: torch.dtype, switches: Switches, num_chunks: int) -> str | None:
     if device.type != "cuda":
         return f"Triton kernels do not run on {device.type}"
     from hydra_dist.kernels import ccgqa_prologue_forward
 
-    return ccgqa_prologue_forward.refuses(device, dtype, switches.head_dim, switches.kernel_sizes)
+    return ccgqa_prologue_forward.refuses(device, dtype, switches.head_dim, switches.kernel_sizes, num_chunks)
 
 
 def _plain_values(switches: Switches) -> tuple[int, int, int, list[int], bool, float | None, bool]:
@@ -126,7 +128,7 @@ def _prologue(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     switches = _switches(num_query_heads, num_key_heads, head_dim, kernel_sizes, use_qk_mean, eps, value_shift)
-    if choose(backend, p.device, p.dtype, switches)[0] == "triton":
+    if choose(backend, p.device, p.dtype, switches, len(chunk_lengths))[0] == "triton":
         from hydra_dist.kernels import ccgqa_prologue_forward
 
         return ccgqa_prologue_forward.forward(
@@ -198,7 +200,7 @@ def _prologue_backward(
     switches = _switches(num_query_heads, num_key_heads, head_dim, kernel_sizes, use_qk_mean, eps, value_shift)
     grads = (grad_q, grad_k, grad_v, q, k, inv, p, z_before, v_before, ages, chunk_lengths)
     results: tuple[Tensor | None, ...]
-    if choose(backend, p.device, p.dtype, switches)[0] == "triton":
+    if choose(backend, p.device, p.dtype, switches, len(chunk_lengths))[0] == "triton":
         from hydra_dist.kernels import ccgqa_prologue_backward
 
         results = ccgqa_prologue_backward.backward(

@@ -1,9 +1,9 @@
 """Kernels are tested on the GPU where there is one, and under Triton's interpreter on the CPU where there is none.
 
 ``@triton.jit`` decides between compiling and interpreting when a kernel is defined, and Triton's own functions are such
-kernels, so the variable has to be set before ``triton`` is first imported. torch and DeepSpeed import it only where
-they compile something, which no test does while tests are being collected. Compiling kernels for chips that are not
-there happens in processes of its own (``compile_kernels``), which do not inherit the variable.
+kernels, so ``TRITON_INTERPRET`` has to be set before ``triton`` is first imported; ``tests/conftest.py`` does that.
+Compiling kernels for chips that are not there happens in processes of its own (``compile_kernels``), which do not
+inherit the variable.
 
 The interpreter computes matrix products of bf16 wrongly (it multiplies the bits), so there kernels are tested in fp32
 and fp16.
@@ -19,15 +19,11 @@ import torch
 
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
     from triton.runtime.jit import JITFunction
 
     if isinstance(tl.sum, JITFunction):
-        raise pytest.UsageError(
-            "triton was imported before tests/kernels/conftest.py could ask for its interpreter; with "
-            "TRITON_INTERPRET=1 in the environment of pytest it works"
-        )
+        raise pytest.UsageError("there is no GPU, and TRITON_INTERPRET=1 was not set before triton was imported")
 
 
 @pytest.fixture(scope="session")
