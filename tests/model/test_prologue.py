@@ -178,3 +178,24 @@ def test_choosing_a_backend(randomize):
         choose("triton", cpu, torch.float32, switches)
     with pytest.raises(ConfigError, match='"tritn": known are auto, triton, plain'):
         choose("tritn", cpu, torch.float32, switches)
+
+
+@pytest.mark.parametrize(
+    "pieces", [{}, *({name: False} for name in ("use_qk_mean", "use_qk_norm", "use_value_shift"))], ids=str
+)
+@pytest.mark.parametrize("kernel_sizes", [(2, 2), (3, 1), None])
+def test_gradcheck_with_documents_and_rows_before(pieces, kernel_sizes, randomize):
+    module = prologue_of(randomize, kernel_sizes, **pieces)
+    names = list(dict(module.named_parameters()))
+    p = torch.randn(1, 5, LATENT + VALUE, dtype=torch.float64, requires_grad=True)
+    before = torch.randn(1, 2, module.num_rows_before, LATENT, dtype=torch.float64, requires_grad=True)
+    late = torch.randn(1, 2, 1, VALUE // 2, dtype=torch.float64, requires_grad=True)
+    ages = torch.tensor([[7, 8, 0, 3, 0]])  # the chunk of the last two rows begins in the middle of a document
+    rope = rope_tables(torch.tensor([7, 8, 9, 20, 21]), 2, 50.0, torch.float64)
+
+    def run(p, before, late, *parameters):
+        halos = (before if module.num_rows_before else None, late if module.switches.value_shift else None)
+        arguments = (p, *halos, ages, [3, 2], rope)
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), arguments)
+
+    assert torch.autograd.gradcheck(run, [p, before, late, *module.parameters()])

@@ -79,6 +79,18 @@ def test_micro_batches_change_no_number(torchrun, settings, reference, tmp_path)
     assert largest_difference(records, reference, "grad_norm") < 1e-5
 
 
+@pytest.mark.timeout(900)
+def test_compiled_layers_change_no_number_under_zero(torchrun, settings, tmp_path):
+    """A graph break would end the run: layers are compiled whole."""
+    settings["train"]["steps"] = 4
+    reference = trained(torchrun, write(settings, tmp_path / "plain.yaml", zero__stage=0), 1)
+    for stage in (0, 1, 2):
+        config = write(settings, tmp_path / f"{stage}.yaml", zero__stage=stage, context__size=2, train__compile=True)
+        records = trained(torchrun, config, 2)
+        for key in ("loss", "grad_norm"):
+            assert largest_difference(records, reference, key) < 1e-5
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_killed_run_goes_on_bit_for_bit(torchrun, settings, tmp_path, optimizer):
     common = {"context__size": 2, "optimizer__name": optimizer, "checkpoint__every_steps": 6, "zero__stage": 2}
