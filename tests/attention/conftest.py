@@ -346,6 +346,7 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None
         chip[0] = major
 
     chip = [9]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # no GPU has an interpreter
     monkeypatch.setattr(flash_family, "refuses", refuses)
     monkeypatch.setattr(import_module("hydra_dist.attention.backends"), "_is_gpu", lambda device: device.type != "meta")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (chip[0], 0))

@@ -241,7 +241,7 @@ def test_the_tables_of_the_kernels_are_found():
 
     for table in (ccgqa_prologue_forward.TILINGS, ccgqa_prologue_workspace.TILINGS):
         tiling = ccgqa_tune.in_table(table, ("sm_90", 2, 128))
-        assert {"rows", "channels", "num_warps", "num_stages", "programs"} <= set(tiling.__dataclass_fields__)
+        assert {"rows", "channels", "num_warps", "programs"} <= set(tiling.__dataclass_fields__)
         with pytest.raises(ValueError, match="0 tilings"):
             ccgqa_tune.in_table(table, ("sm_90", 2, 127))
 

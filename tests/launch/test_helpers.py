@@ -43,7 +43,9 @@ def test_a_command_that_takes_too_long_ends_with_all_its_children(run_command, t
 
 def test_torchrun_starts_ranks_and_passes_its_exit_code(torchrun, tmp_path):
     script = tmp_path / "rank.py"
-    script.write_text("import os, sys\nprint('rank', os.environ['RANK'], os.environ['DS_ACCELERATOR'])\nsys.exit(0)\n")
+    # One write a line: the ranks share a pipe.
+    line = "f\"rank {os.environ['RANK']} {os.environ['DS_ACCELERATOR']}\\n\""
+    script.write_text(f"import os\nos.write(1, {line}.encode())\n")
     done = torchrun(2, str(script))
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n")[:2]) == ["rank 0 cpu", "rank 1 cpu"]

@@ -32,12 +32,15 @@ def write(settings: dict[str, Any], path: Path, **changes: Any) -> Path:
 
 @pytest.fixture
 def settings(tiny_settings: dict[str, Any]) -> dict[str, Any]:
-    """Packed documents, the peak learning rate from the first step on, and clipping that acts."""
+    """Packed documents, the peak learning rate from the first step on, and clipping that acts.
+
+    At 5e-3 training amplifies rounding: one rank with other micro-batches then differs from itself by 2e-5.
+    """
     return {
         **tiny_settings,
         "train": {"steps": STEPS, "device": "cpu", "precision": "fp32", "micro_batch_size": 2},
         "schedule": {"name": "constant", "warmup_steps": 0},
-        "optimizer": {"learning_rate": 5e-3},
+        "optimizer": {"learning_rate": 2e-3},
     }
 
 
