@@ -5,9 +5,8 @@ peak rate from the first step; a sequence is spread over all the ranks of its ru
 are compared with those of one rank without ZeRO. The loss has to fall meanwhile, or equal numbers would mean little,
 and a run from another seed, the control, must be told apart.
 
-Training amplifies rounding. How much it does is measured too, without ranks: one rank whose loss is summed in other
-chunks differs from the reference by rounding alone. At 1e-3 that stays far below the bound; at 2e-3 it doubles with
-every step while the induction layer forms, and no two orders of summation agree to 1e-5 any more.
+Training amplifies rounding, the more the higher the rate. How much it does is measured too, without ranks: one rank
+whose loss is summed in other chunks differs from the reference by rounding alone.
 """
 
 from benchmarks.harness import Options
