@@ -89,7 +89,7 @@ def measure(config: Config, vocab_size: int, sequence_length: int, ranks: int, d
         initialize(model, seed=0)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        context = ContextParallel(mesh, strategy=config.context.strategy, layout=config.context.layout)
+        context = ContextParallel(mesh, layout=config.context.layout)
         autocast = config.train.precision == "bf16_autocast"
         plan = context.plan(sequence_length)
         tokens, targets = plan.shard(rows[:, :-1], dim=1), plan.shard(rows[:, 1:], dim=1)

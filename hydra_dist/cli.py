@@ -65,6 +65,42 @@ def train(
 
 
 @app.command()
+def emulate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 3,
+    compare: Annotated[bool, typer.Option(help="Also train on one rank, which holds whole sequences.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Train some steps with all context ranks in this process, on one GPU or a CPU, and compare with one rank."""
+    from hydra_dist.config.file import load_config
+    from hydra_dist.train.emulate import emulate as run
+    from hydra_dist.train.emulate import report
+    from hydra_dist.train.mesh import choose_device
+    from hydra_dist.train.preflight import preflight
+
+    loaded = load_config(config, overrides or [])
+    place = choose_device(device, "--device")
+    prepared = preflight(loaded, config, loaded.context.size)
+    rows = loaded.train.micro_batch_size * loaded.train.gradient_accumulation_steps
+    found = run(
+        loaded,
+        prepared.model,
+        lambda step: [
+            prepared.train.batch(step, range(first, first + loaded.train.micro_batch_size), rows)
+            for first in range(0, rows, loaded.train.micro_batch_size)
+        ],
+        steps=steps,
+        device=place,
+        compare=compare,
+        timeout=loaded.context.timeout_seconds,
+    )
+    print(report(found))
+    if not found.agrees:
+        raise SystemExit(1)
+
+
+@app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",

@@ -139,7 +139,7 @@ def _attention(
     out = q.new_zeros(q.shape, dtype=wide)
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=wide)
     tiles = mask.tiles(q.shape[1], k.shape[1])
-    attend_tiles(q, k, v, tiles, scale=scale, out=out, lse=lse, backend=chosen.name, window=window, fresh=True)
+    attend_tiles(q, k, v, tiles, scale=scale, out=out, lse=lse, backend=chosen.name, fresh=True)
     return out.to(out_dtype), lse
 
 
@@ -199,7 +199,6 @@ def _attention_backward(
             grad_k=sums[1],
             grad_v=sums[2],
             backend=chosen.name,
-            window=window,
         )
     grad_q, grad_k, grad_v = (total.to(x.dtype).contiguous() for total, x in zip(sums, (q, k, v), strict=True))
     return grad_q, grad_k, grad_v

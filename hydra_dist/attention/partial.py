@@ -32,7 +32,6 @@ def attend_tiles(
     out: Tensor,
     lse: Tensor,
     backend: str = "auto",
-    window: int | None = None,
     fresh: bool = False,
     rule: MergeRule = _GENERAL,
 ) -> None:
@@ -46,7 +45,6 @@ def attend_tiles(
         out: [B, Sq, Hq, D], fp32 or wider; 0 before the first call.
         lse: [B, Hq, Sq], fp32 or wider; -inf before the first call (``rule.nothing`` for another rule).
         backend: ``auto`` or one of ``hydra_dist.attention.backends()``.
-        window: the window that the tiles were made with; masked tiles need it.
         fresh: ``out`` and ``lse`` are as before the first call. Spares a look at ``lse``; never needed.
         rule: how parts are merged, the same in all calls. With another one than the general ``LogSumExp``, ``out`` and
             ``lse`` come from ``rule.start`` and mean something to ``rule.finish`` only.
@@ -57,15 +55,13 @@ def attend_tiles(
     _check_accumulators(q, out=out, lse=lse)
     if not tiles or q.numel() == 0 or k.numel() == 0:
         return
-    chosen = _chosen(backend, q, k, window)
+    chosen = _chosen(backend, q, k, tiles)
     dtype = chosen.forward_dtype(q.device, q.dtype)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     seen = _Seen()
     for tile in tiles:
         batch, rows, keys = _slices(tile)
-        part_out, part_lse = chosen.forward(
-            q[batch, rows], k[batch, keys], v[batch, keys], _launch(tile, window, scale)
-        )
+        part_out, part_lse = chosen.forward(q[batch, rows], k[batch, keys], v[batch, keys], _launch(tile, scale))
         running_out, running_lse = out[batch, rows], lse[batch, :, rows]
         untouched = seen.is_first(tile)
         if untouched and not fresh:
@@ -92,13 +88,12 @@ def attend_tiles_backward(
     grad_k: Tensor,
     grad_v: Tensor,
     backend: str = "auto",
-    window: int | None = None,
 ) -> None:
     """Add the gradients that come from ``tiles`` to running sums in place.
 
     Args:
         grad_out: [B, Sq, Hq, D], the gradient of the final ``out``.
-        q, k, v, tiles, scale, backend, window: as in ``attend_tiles``.
+        q, k, v, tiles, scale, backend: as in ``attend_tiles``.
         out, lse: [B, Sq, Hq, D] and [B, Hq, Sq], the final ones over all keys, not just those in ``k``. ``out`` may be
             in the dtype of q, or wider: small tiles in half precision then lose less.
         grad_q: [B, Sq, Hq, D], fp32 or wider.
@@ -107,7 +102,7 @@ def attend_tiles_backward(
     _check_accumulators(q, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
     if not tiles or q.numel() == 0 or k.numel() == 0:
         return
-    chosen = _chosen(backend, q, k, window)
+    chosen = _chosen(backend, q, k, tiles)
     dtype = chosen.backward_dtype(q.device, q.dtype)
     grad_out, q, k, v = grad_out.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype)
     lse = lse.to(torch.promote_types(dtype, torch.float32))
@@ -120,7 +115,7 @@ def attend_tiles_backward(
             v[batch, keys],
             out[batch, rows],
             lse[batch, :, rows],
-            _launch(tile, window, scale),
+            _launch(tile, scale),
         )
         grad_q[batch, rows].add_(part_q)
         grad_k[batch, keys].add_(part_k)
@@ -148,16 +143,16 @@ def _slices(tile: Tile) -> tuple[slice, slice, slice]:
     return batch, slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
 
 
-def _chosen(backend: str, q: Tensor, k: Tensor, window: int | None) -> Backend:
+def _chosen(backend: str, q: Tensor, k: Tensor, tiles: Sequence[Tile]) -> Backend:
     where = Where(q.device, q.dtype, q.shape[3], q.shape[2] // k.shape[2])
-    return choose(backend, where, Need(None, edges=window is not None)).backend
+    return choose(backend, where, Need(None, edges=any(tile.kind == "masked" for tile in tiles))).backend
 
 
-def _launch(tile: Tile, window: int | None, scale: float) -> Launch:
+def _launch(tile: Tile, scale: float) -> Launch:
     if tile.kind != "masked":
         return Launch(scale, causal=tile.kind == "causal")
     rows, keys = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
-    return Launch(scale, band=Band(rows, keys, tile.q_position - tile.k_position, window))
+    return Launch(scale, band=Band(rows, keys, tile.offset, tile.window))
 
 
 def _check_accumulators(q: Tensor, **sums: Tensor) -> None:

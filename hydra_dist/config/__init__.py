@@ -4,12 +4,12 @@ What follows from the settings (parameters, FLOPs, bytes) is in ``costs/``. No t
 question loads none.
 """
 
+from hydra_dist.config.context import ContextConfig
 from hydra_dist.config.model import LayerSettings, ModelConfig
 from hydra_dist.config.run import (
     UNSUPPORTED,
     CheckpointConfig,
     Config,
-    ContextConfig,
     DataConfig,
     EvaluateConfig,
     OptimizerConfig,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from hydra_dist.config.context import ContextConfig, check_context
 from hydra_dist.config.model import ModelConfig
 from hydra_dist.config.types import Count, CountOrZero, Decay, Fraction, Section, Tokens
 
@@ -16,17 +17,6 @@ class DataConfig(Section):
     directory: str
     sequence_length: Tokens = 8192
     """Tokens of one packed row, over all ranks that share it."""
-
-
-class ContextConfig(Section):
-    """How one sequence is spread over ranks."""
-
-    size: Count = 1
-    """Ranks that share one sequence."""
-    strategy: Literal["ring"] = "ring"
-    layout: Literal["zigzag", "contiguous"] = "zigzag"
-    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """How long a rank waits for another before the run ends with an error."""
 
 
 class ZeroConfig(Section):
@@ -71,16 +61,27 @@ class TrainConfig(Section):
     """Sequences at a time on one data replica."""
     gradient_accumulation_steps: Count = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    share_gpu: bool = False
+    """Processes beyond the GPUs of a machine share them, over gloo and host memory: many ranks tried on one GPU,
+    slowly."""
     precision: Literal["auto", "fp32", "bf16", "bf16_autocast"] = "auto"
     """``bf16``: parameters and gradients in bf16 with fp32 masters in ZeRO; ``bf16_autocast``: fp32 parameters,
     matrix products in bf16; ``auto``: fp32 on CPU, bf16 on a GPU (bf16_autocast with ZeRO stage 0)."""
     activation_checkpointing: Literal["none", "layer"] = "none"
     """``layer`` keeps each layer's input and its attention result, and recomputes the rest in backward."""
+    activation_offload: bool = False
+    """Under ``layer`` on a GPU: what the layers keep waits in pinned host memory between forward and backward, moved
+    beside the computation; at most two layers' share is on the GPU. The host holds, for every rank on it, what the GPU
+    would have held otherwise."""
     compile: bool = False
     """Each layer through torch.compile: fewer and larger kernels, for a pause at the first steps. Numbers differ from
     those without it by rounding."""
     loss_chunk_size: Count = 2048
     """Tokens whose logits exist at once."""
+    mlp_tile_size: Count | None = None
+    """Tokens, over the micro-batch, whose gate and up exist at once in a layer's MLP, forward and backward; backward
+    computes them again, for two ninths more work in the MLP (``activation_checkpointing: layer`` does so in any case).
+    None: all of them. A few thousand keep a GPU busy."""
 
 
 class EvaluateConfig(Section):
@@ -123,13 +124,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "Config":
-        pieces = self.context.size * (2 if self.context.layout == "zigzag" and self.context.size > 1 else 1)
-        if self.data.sequence_length < pieces:
-            raise ValueError(
-                f"data.sequence_length {self.data.sequence_length} is shorter than the {pieces} pieces that "
-                f"context.size {self.context.size} with layout {self.context.layout} cuts it into; "
-                f"data.sequence_length {pieces} or more works"
-            )
+        check_context(self.context, self.model, self.data.sequence_length)
         for refusal in UNSUPPORTED:
             if refusal.applies(self):
                 raise ValueError(refusal.message())
@@ -151,7 +146,17 @@ class Refusal:
         return f"{self.combination}: {self.reason}; {' or '.join(self.instead)} works"
 
 
+def _reads_row_before(model: ModelConfig) -> bool:
+    return any(layer.attention == "ccgqa" and (layer.halo_rows > 0 or layer.use_value_shift) for layer in model.layers)
+
+
 UNSUPPORTED: tuple[Refusal, ...] = (
+    Refusal(
+        "context.layout striped with model.attention ccgqa",
+        lambda c: c.context.layout == "striped" and _reads_row_before(c.model),
+        "its convolutions or its value shift read the row before each row, which another rank then holds",
+        ("context.layout=zigzag", "context.layout=contiguous"),
+    ),
     Refusal(
         "train.precision bf16 with zero.stage 0",
         lambda c: c.train.precision == "bf16" and c.zero.stage == 0,
@@ -163,6 +168,24 @@ UNSUPPORTED: tuple[Refusal, ...] = (
         lambda c: c.train.compile and c.zero.stage == 3,
         "stage 3 gathers each layer's parameters from outside of what is compiled",
         ("zero.stage=2", "train.compile=false"),
+    ),
+    Refusal(
+        "train.activation_offload true with train.activation_checkpointing none",
+        lambda c: c.train.activation_offload and c.train.activation_checkpointing == "none",
+        "what is moved to the host is what checkpointed layers keep",
+        ("train.activation_checkpointing=layer", "train.activation_offload=false"),
+    ),
+    Refusal(
+        "train.activation_offload true with train.activation_checkpointing layer with train.device cpu",
+        lambda c: c.train.activation_offload and c.train.device == "cpu",
+        "the memory of a CPU run is the host's already",
+        ("train.activation_offload=false",),
+    ),
+    Refusal(
+        "train.activation_offload true with train.activation_checkpointing layer with train.compile true",
+        lambda c: c.train.activation_offload and c.train.compile,
+        "compiled layers keep their activations inside compiled code, where none can be moved",
+        ("train.compile=false", "train.activation_offload=false"),
     ),
     Refusal(
         "optimizer.name muon with zero.stage 3",

@@ -34,30 +34,45 @@ class DistributedTransport(Transport):
         device: where the tensors live: a CPU for gloo, this rank's GPU for NCCL.
         timeout: seconds that ``wait`` waits for a peer; None takes the group's own limit. NCCL keeps to the group's
             limit, which its watchdog enforces, because its ``wait`` does not block the host.
+        through_host: move what is sent and received through host memory. None: where the tensors are on a GPU and the
+            group is gloo's, which sends between hosts only (several ranks that share one GPU).
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        device: torch.device,
+        timeout: float | None = None,
+        through_host: bool | None = None,
+    ) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), device)
         self.group = group
+        if through_host is None:
+            through_host = device.type == "cuda" and dist.get_backend(group) == "gloo"
+        self.through_host = through_host
         self.timeout = None if timeout is None or device.type != "cpu" else timedelta(seconds=timeout)
         self.global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
-        if device.type == "cuda":
+        if device.type == "cuda" and not through_host:
             # NCCL sets up a communicator at its first call, which all ranks must make; an exchange may have no part
             # for some of them.
             dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     def _exchange(self, sends: list[Message], receives: list[Message], label: str) -> Work:
+        outgoing = [self._outgoing(tensor) for _, tensor in sends]
+        incoming = [self._incoming(tensor) for _, tensor in receives]
+        peers = [self.global_ranks[peer] for peer, _ in (*sends, *receives)]
+        kinds = [dist.isend] * len(sends) + [dist.irecv] * len(receives)
         operations = [
-            dist.P2POp(operation, _wire(tensor), self.global_ranks[peer], self.group)
-            for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
-            for peer, tensor in messages
+            dist.P2POp(kind, tensor, peer, self.group)
+            for kind, tensor, peer in zip(kinds, (*outgoing, *incoming), peers, strict=True)
         ]
-        peers = sorted({peer for peer, _ in (*sends, *receives)})
-        keep = [tensor for _, tensor in (*sends, *receives)]
-        return self._work(dist.batch_isend_irecv(operations), label, peers, keep)
+        finish = (lambda: _fill([tensor for _, tensor in receives], incoming)) if self.through_host else None
+        named = sorted({peer for peer, _ in (*sends, *receives)})
+        keep = [*outgoing, *incoming, *(tensor for _, tensor in (*sends, *receives))]
+        return self._work(dist.batch_isend_irecv(operations), label, named, keep, finish)
 
     def _all_to_all(self, outputs: list[Tensor], inputs: list[Tensor], label: str) -> Work:
-        sent = torch.cat([_wire(tensor).flatten() for tensor in inputs])
+        sent = self._outgoing(torch.cat([_wire(tensor).flatten() for tensor in inputs]))
         received = sent.new_empty(sum(_wire(tensor).numel() for tensor in outputs))
         splits = [_wire(tensor).numel() for tensor in outputs]
         work = dist.all_to_all_single(
@@ -67,21 +82,33 @@ class DistributedTransport(Transport):
 
     def _all_gather(self, outputs: list[Tensor], tensor: Tensor, label: str) -> Work:
         longest = max(output.numel() for output in outputs)
-        sent = _padded(_wire(tensor), longest)
+        sent = self._outgoing(_padded(_wire(tensor), longest))
         received = sent.new_empty(self.size * longest)
         work = _all_gather(received, sent, group=self.group, async_op=True)
         return self._work([work], label, None, [sent], lambda: _fill(outputs, received.split(longest)))
 
     def _reduce_scatter(self, output: Tensor, inputs: list[Tensor], label: str) -> Work:
         longest = max(tensor.numel() for tensor in inputs)
-        sent = torch.cat([_padded(tensor, longest) for tensor in inputs])
+        sent = self._outgoing(torch.cat([_padded(tensor, longest) for tensor in inputs]))
         received = sent.new_empty(longest)
         work = _reduce_scatter(received, sent, group=self.group, async_op=True)
         return self._work([work], label, None, [sent], lambda: _fill([output], [received]))
 
     def _all_reduce(self, tensor: Tensor, label: str) -> Work:
-        work = dist.all_reduce(tensor, group=self.group, async_op=True)
-        return self._work([work], label, None, [tensor])
+        total = self._outgoing(tensor)
+        work = dist.all_reduce(total, group=self.group, async_op=True)
+        finish = (lambda: _fill([tensor], [total])) if self.through_host else None
+        return self._work([work], label, None, [tensor, total], finish)
+
+    def _outgoing(self, tensor: Tensor) -> Tensor:
+        """What is handed to the process group in the place of a tensor that is sent."""
+        wire = _wire(tensor)
+        return wire.to("cpu", copy=True) if self.through_host else wire
+
+    def _incoming(self, tensor: Tensor) -> Tensor:
+        """What the process group fills in the place of a tensor that is received."""
+        wire = _wire(tensor)
+        return torch.empty_like(wire, device="cpu") if self.through_host else wire
 
     def _work(
         self,
@@ -147,4 +174,4 @@ def _fill(outputs: Sequence[Tensor], received: Sequence[Tensor]) -> None:
     """Copy what was received, which may be longer by padding."""
     for output, flat in zip(outputs, received, strict=True):
         wire = _wire(output)
-        wire.copy_(flat[: wire.numel()].view(wire.shape))
+        wire.copy_(flat.reshape(-1)[: wire.numel()].view(wire.shape))

@@ -1,16 +1,20 @@
-"""What follows from a layout and a sequence length for one rank: rows, spans, ring schedules and halo maps.
+"""What follows from a dealing of rows for one rank: positions, spans, ring schedules and halo maps.
 
 Nothing here depends on a batch, except schedules for its documents; a ``ContextParallel`` keeps one geometry for each
-sequence length and hands it to its plans.
+sequence length and hands it to its plans, where the dealing does not depend on documents.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hydra_dist.costs.layout import Chunk, Journey, chunks, halo_sources, lengths, ring_journeys
+from hydra_dist.costs.halo import halo_sources, has_halo
+from hydra_dist.costs.layout import Chunk, Dealing, lengths, offsets
+from hydra_dist.costs.needs import MaskRule, Rows, Side
+from hydra_dist.costs.rotation import Journey, RingPath, journeys
 from hydra_dist.costs.tiles import Span, Tile, tiles
 
 Documents = tuple[tuple[int, ...], ...]
@@ -19,15 +23,17 @@ Documents = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class RingSchedule:
-    """What one rank computes at each hop of a ring, and how far the keys of each rank travel.
+    """What one rank computes at each hop of a ring, and how far the rows of each rank travel.
 
     Attributes:
-        tiles: tiles[t] are the tiles of this rank's queries over the keys of rank - t.
-        journeys: the hops that the keys of each rank make.
+        path: in which order ranks are visited.
+        journeys: of the rows of each rank.
+        tiles: tiles[t] are those between this rank's rows and the rows that visit at hop t; tiles[0] its own.
     """
 
-    tiles: tuple[tuple[Tile, ...], ...]
+    path: RingPath
     journeys: tuple[Journey, ...]
+    tiles: tuple[tuple[Tile, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -35,87 +41,83 @@ class HaloMap:
     """Which rows make up the halo, by peer, as index tensors. This rank is a peer too; one without rows is missing.
 
     Attributes:
+        rows: before each chunk.
         give: for each peer, the places in ``touched`` of the rows that it needs.
         take: for each peer, the slots (chunk * rows + slot) that its rows fill, in the order in which it gives them.
         touched: this rank's rows that some rank needs, each once.
     """
 
+    rows: int
     give: dict[int, Tensor]
     take: dict[int, Tensor]
     touched: Tensor
-
-
-class Schedules:
-    """Ring schedules by mask, for the documents of one batch. Each is worked out at its first use.
-
-    Schedules without documents do not depend on a batch and are kept with the geometry.
-    """
-
-    def __init__(self, geometry: "Geometry", documents: Documents | None) -> None:
-        self._geometry = geometry
-        self._documents = documents
-        self._known = geometry.dense_schedules if documents is None else {}
-
-    def __call__(self, causal: bool, window: int | None) -> RingSchedule:
-        if (causal, window) not in self._known:
-            self._known[causal, window] = self._geometry.schedule(causal, window, self._documents)
-        return self._known[causal, window]
 
 
 class Geometry:
     """The rows of one rank.
 
     Attributes:
-        chunks: of every rank, in ascending order.
+        dealing: the chunks of every rank, in ascending order.
         lengths: rows of every rank.
+        sequence_length: of the whole sequence.
         rank: this one.
-        dense_schedules: those of one document, by (causal, window).
+        kept: what others worked out from it, for masks that do not depend on a batch.
     """
 
-    def __init__(self, layout: str, sequence_length: int, rank: int, num_ranks: int) -> None:
-        self.sequence_length = sequence_length
+    def __init__(self, dealing: Dealing, rank: int) -> None:
+        self.dealing = dealing
         self.rank = rank
-        self.chunks: list[list[Chunk]] = chunks(layout, sequence_length, num_ranks)
-        self.lengths = lengths(self.chunks)
+        self.lengths = lengths(dealing)
+        self.sequence_length = sum(self.lengths)
         self._halo_maps: dict[tuple[int, torch.device], HaloMap] = {}
         self._positions: dict[torch.device, Tensor] = {}
-        self.dense_schedules: dict[tuple[bool, int | None], RingSchedule] = {}
+        self.kept: dict[Any, Any] = {}
 
     @property
     def local_chunks(self) -> list[Chunk]:
-        return self.chunks[self.rank]
+        return self.dealing[self.rank]
 
     @property
     def local_length(self) -> int:
         return self.lengths[self.rank]
 
+    @property
+    def has_halo(self) -> bool:
+        """Whether chunks are runs of consecutive positions."""
+        return all(map(has_halo, self.dealing))
+
     def positions(self, device: torch.device) -> Tensor:
         """Global positions of this rank's rows, [S_local] int64."""
         if device not in self._positions:
-            parts = [torch.arange(start, stop, device=device) for start, stop in self.local_chunks]
+            parts = [torch.arange(chunk.start, chunk.stop, chunk.step, device=device) for chunk in self.local_chunks]
             self._positions[device] = torch.cat(parts)
         return self._positions[device]
 
-    def spans(self, rank: int) -> list[Span]:
-        """The rows of a rank and the positions they hold."""
-        spans, row = [], 0
-        for start, stop in self.chunks[rank]:
-            spans.append(Span(row, row + stop - start, start))
-            row += stop - start
+    def spans(self, rank: int, rows: Rows | None = None) -> list[Span]:
+        """The positions that rows of a rank hold, counted as if these rows lay side by side; None: all of its rows."""
+        held, count = self.dealing[rank], 0
+        spans = []
+        for part in (range(self.lengths[rank]),) if rows is None else rows:
+            for chunk, offset in zip(held, offsets(held), strict=True):
+                own = chunk[max(0, part.start - offset) : max(0, part.stop - offset)]
+                if len(own):
+                    spans.append(Span(count, count + len(own), own.start, chunk.step))
+                    count += len(own)
         return spans
 
-    def schedule(self, causal: bool, window: int | None, documents: Documents | None) -> RingSchedule:
-        """The ring of this rank for a mask."""
-        num_ranks = len(self.chunks)
-        q_spans = self.spans(self.rank)
-        journeys = ring_journeys(self.chunks, causal=causal, window=window, documents=documents)
+    def schedule(self, mask: MaskRule, side: Side, inner: int | None) -> RingSchedule:
+        """The ring of this rank for a mask; ``side`` is what goes around, queries the other way round."""
+        num_ranks = len(self.dealing)
+        path = RingPath(num_ranks, inner, reverse=side == "queries")
+        ways = journeys(self.dealing, mask, path, side)
+        mine = self.spans(self.rank)
         found: list[tuple[Tile, ...]] = []
         for hop in range(num_ranks):
-            owner = (self.rank - hop) % num_ranks
-            arrives = journeys[owner].last >= hop
-            k_spans = self.spans(owner)
-            found.append(tiles(q_spans, k_spans, causal=causal, window=window, documents=documents) if arrives else ())
-        return RingSchedule(tuple(found), journeys)
+            owner = path.owner(self.rank, hop)
+            visitor = mine if hop == 0 else self.spans(owner, ways[owner].rows) if ways[owner].last >= hop else []
+            queries, keys = (mine, visitor) if side == "keys" else (visitor, mine)
+            found.append(tiles(queries, keys, causal=mask.causal, window=mask.window, documents=mask.documents))
+        return RingSchedule(path, ways, tuple(found))
 
     def halo_map(self, rows: int, device: torch.device) -> HaloMap:
         """The halo of ``rows`` rows before each chunk."""
@@ -124,7 +126,7 @@ class Geometry:
         return self._halo_maps[rows, device]
 
     def _halo_map(self, rows: int, device: torch.device) -> HaloMap:
-        sources = halo_sources(self.chunks, rows)
+        sources = halo_sources(self.dealing, rows)
         given: dict[int, list[int]] = {}
         for peer, runs in enumerate(sources):
             local = [row for run in runs if run.owner == self.rank for row in range(run.row, run.row + run.length)]
@@ -137,6 +139,7 @@ class Geometry:
         touched = sorted({row for local in given.values() for row in local})
         place = {row: index for index, row in enumerate(touched)}
         return HaloMap(
+            rows=rows,
             give={peer: _index([place[row] for row in local], device) for peer, local in given.items()},
             take={peer: _index(slots, device) for peer, slots in sorted(taken.items())},
             touched=_index(touched, device),

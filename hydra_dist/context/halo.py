@@ -9,7 +9,7 @@ and receives no gradient. (A convolution masks again where a later document begi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,50 +35,70 @@ class HaloExchange:
         self.maps = maps
         self.inside = inside
 
-    def gather(self, tensors: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """[B, S_local, C] -> [B, chunks, rows, C] for each tensor; ``shapes`` are (chunks, rows)."""
+    def gather(self, tensors: Sequence[Tensor], num_chunks: int) -> list[Tensor]:
+        """[B, S_local, C] -> [B, chunks, rows, C] for each tensor."""
+        return self.begin_gather(tensors, num_chunks)()
+
+    def begin_gather(self, tensors: Sequence[Tensor], num_chunks: int) -> Callable[[], list[Tensor]]:
+        """Send what other ranks need, and return what waits for the halos and gives them."""
         rows = [x.index_select(1, halo_map.touched) for x, halo_map in zip(tensors, self.maps, strict=True)]
-        gives = [halo_map.give for halo_map in self.maps]
         takes = [halo_map.take for halo_map in self.maps]
-        received = self._move(rows, gives, takes, "forward")
-        halos = []
-        for index, (x, (num_chunks, num_rows)) in enumerate(zip(tensors, shapes, strict=True)):
-            slots = x.new_zeros(x.shape[0], num_chunks * num_rows, x.shape[2])
-            for peer in sorted(takes[index]):
-                slots.index_copy_(1, takes[index][peer], received[peer][index])
-            halo = slots.view(x.shape[0], num_chunks, num_rows, x.shape[2])
-            inside = self.inside[index]
-            halos.append(halo if inside is None else halo.masked_fill_(~inside.unsqueeze(-1), 0))
-        return halos
+        received = self._begin(rows, [halo_map.give for halo_map in self.maps], takes, "forward")
+
+        def finish() -> list[Tensor]:
+            came = received()
+            halos = []
+            for index, (x, halo_map) in enumerate(zip(rows, self.maps, strict=True)):
+                slots = x.new_zeros(x.shape[0], num_chunks * halo_map.rows, x.shape[2])
+                for peer in sorted(takes[index]):
+                    slots.index_copy_(1, takes[index][peer], came[peer][index])
+                halo = slots.view(x.shape[0], num_chunks, halo_map.rows, x.shape[2])
+                inside = self.inside[index]
+                halos.append(halo if inside is None else halo.masked_fill_(~inside.unsqueeze(-1), 0))
+            return halos
+
+        return finish
 
     def scatter_add(self, grads: Sequence[Tensor], local_length: int) -> list[Tensor]:
         """The transpose: [B, chunks, rows, C] -> [B, S_local, C], where a row of several halos gets their sum."""
+        sums = []
+        for grad, (rows, touched) in zip(grads, self.begin_scatter(grads)(), strict=True):
+            whole = grad.new_zeros(grad.shape[0], local_length, grad.shape[3])
+            sums.append(whole.index_copy_(1, rows, touched.to(grad.dtype)))
+        return sums
+
+    def begin_scatter(self, grads: Sequence[Tensor]) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+        """Send gradients of halos home, and return what waits for those of this rank's rows: for each tensor the rows
+        [n] that some halo has, and the sums [B, n, C] over these halos in fp32 or wider."""
         slots = []
         for grad, inside in zip(grads, self.inside, strict=True):
             masked = grad if inside is None else grad.masked_fill(~inside.unsqueeze(-1), 0)
             slots.append(masked.reshape(grad.shape[0], -1, grad.shape[3]))
-        gives = [halo_map.take for halo_map in self.maps]
         takes = [halo_map.give for halo_map in self.maps]
-        received = self._move(slots, gives, takes, "backward")
-        sums = []
-        for index, (grad, halo_map) in enumerate(zip(grads, self.maps, strict=True)):
-            shape = (grad.shape[0], halo_map.touched.numel(), grad.shape[3])
-            touched = grad.new_zeros(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
-            for peer in sorted(takes[index]):
-                touched.index_add_(1, takes[index][peer], received[peer][index].to(touched.dtype))
-            whole = grad.new_zeros(grad.shape[0], local_length, grad.shape[3])
-            sums.append(whole.index_copy_(1, halo_map.touched, touched.to(grad.dtype)))
-        return sums
+        received = self._begin(slots, [halo_map.take for halo_map in self.maps], takes, "backward")
 
-    def _move(
+        def finish() -> list[tuple[Tensor, Tensor]]:
+            came = received()
+            sums = []
+            for index, (grad, halo_map) in enumerate(zip(slots, self.maps, strict=True)):
+                shape = (grad.shape[0], halo_map.touched.numel(), grad.shape[2])
+                touched = grad.new_zeros(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+                for peer in sorted(takes[index]):
+                    touched.index_add_(1, takes[index][peer], came[peer][index].to(touched.dtype))
+                sums.append((halo_map.touched, touched))
+            return sums
+
+        return finish
+
+    def _begin(
         self,
         rows: Sequence[Tensor],
         gives: Sequence[dict[int, Tensor]],
         takes: Sequence[dict[int, Tensor]],
         direction: Direction,
-    ) -> dict[int, dict[int, Tensor]]:
-        """Send rows[i][:, gives[i][peer]] of every tensor i to each peer; the result holds [peer][i], this rank's own
-        rows among them."""
+    ) -> Callable[[], dict[int, dict[int, Tensor]]]:
+        """Send rows[i][:, gives[i][peer]] of every tensor i to each peer. What is returned waits, and gives
+        [peer][i], this rank's own rows among them."""
         rank = self.transport.rank
         # Wide elements come first, so that each part of a message lies at a multiple of its element size.
         order = sorted(range(len(rows)), key=lambda index: -rows[index].element_size())
@@ -97,12 +117,17 @@ class HaloExchange:
             message = rows[0].new_empty(sum(sizes), dtype=torch.uint8)
             receives.append((peer, message))
             parts.append((peer, shapes, message.split(sizes)))
-        self.transport.exchange(sends, receives, direction=direction, kind="halo").wait()
-        for peer, shapes, pieces in parts:
-            received[peer] = {
-                i: piece.view(rows[i].dtype).view(shapes[i]) for i, piece in zip(shapes, pieces, strict=True)
-            }
-        return received
+        work = self.transport.exchange(sends, receives, direction=direction, kind="halo")
+
+        def wait() -> dict[int, dict[int, Tensor]]:
+            work.wait()
+            for peer, shapes, pieces in parts:
+                received[peer] = {
+                    i: piece.view(rows[i].dtype).view(shapes[i]) for i, piece in zip(shapes, pieces, strict=True)
+                }
+            return received
+
+        return wait
 
 
 @torch.library.custom_op("hydra_dist::halo", mutates_args=())
@@ -116,7 +141,7 @@ def halo(tensors: list[Tensor], handle: int, rows: list[int], num_chunks: int) -
     Returns:
         For each tensor [B, chunks, rows, C].
     """
-    return _exchange(handle, rows, tensors[0]).gather(tensors, [(num_chunks, number) for number in rows])
+    return halo_exchange(handle, rows, tensors[0].device).gather(tensors, num_chunks)
 
 
 @halo.register_fake
@@ -128,7 +153,7 @@ def _halo_fake(tensors: list[Tensor], handle: int, rows: list[int], num_chunks: 
 @torch.library.custom_op("hydra_dist::halo_backward", mutates_args=())
 def halo_backward(grads: list[Tensor], handle: int, rows: list[int], local_length: int) -> list[Tensor]:
     """``HaloExchange.scatter_add``: for each [B, chunks, rows, C] the gradient [B, S_local, C]."""
-    return _exchange(handle, rows, grads[0]).scatter_add(grads, local_length)
+    return halo_exchange(handle, rows, grads[0].device).scatter_add(grads, local_length)
 
 
 @halo_backward.register_fake
@@ -136,8 +161,9 @@ def _halo_backward_fake(grads: list[Tensor], handle: int, rows: list[int], local
     return [grad.new_empty(grad.shape[0], local_length, grad.shape[3]) for grad in grads]
 
 
-def _exchange(handle: int, rows: list[int], like: Tensor) -> HaloExchange:
-    exchange: HaloExchange = HANDLES.get(handle).halo_exchange(rows, like.device)
+def halo_exchange(handle: int, rows: Sequence[int], device: torch.device) -> HaloExchange:
+    """The exchange of the plan that ``handle`` names, for tensors with these numbers of rows before each chunk."""
+    exchange: HaloExchange = HANDLES.get(handle).halo_exchange(rows, device)
     return exchange
 
 

@@ -18,6 +18,8 @@ class Named(Protocol):
 
     strategy: Any
     """See ``operator.Strategy``."""
+    heads: Any
+    """See ``ulysses.HeadExchange``."""
 
     def halo_exchange(self, rows: Sequence[int], device: torch.device) -> Any:
         """A ``HaloExchange`` of tensors with these numbers of rows."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hydra_dist.attention  # noqa: F401  (registers hydra_dist::attention)
-from hydra_dist.context import halo  # noqa: F401  (registers hydra_dist::halo)
+from hydra_dist.context import halo, ulysses  # noqa: F401  (register their operators)
 from hydra_dist.context.handles import HANDLES, kept_alive
 
 
@@ -155,5 +155,7 @@ SAVED_BY_CHECKPOINT = [
     torch.ops.hydra_dist.context_attention.default,
     torch.ops.hydra_dist.attention.default,
     torch.ops.hydra_dist.halo.default,
+    torch.ops.hydra_dist.rows_to_heads.default,
+    torch.ops.hydra_dist.heads_to_rows.default,
 ]
 """Operators whose results are worth keeping when the rest of a layer is recomputed in the backward pass."""

@@ -1,8 +1,7 @@
-"""One sequence over many ranks: what the model sees of it.
+"""One batch of sequences over many ranks: what the model sees of it.
 
-A ``ContextParallel`` is made once, from the ranks that share sequences. For each batch its ``plan`` says who holds
-which rows, and the ``SequencePlan`` it returns does the two things in a layer that cross rows: attention, and the halo
-before each chunk.
+A ``SequencePlan`` knows which rows this rank holds, and does the two things in a layer that cross rows: attention, and
+the halo before each chunk.
 """
 
 import math
@@ -14,86 +13,19 @@ from torch import Tensor
 
 from hydra_dist.attention.operator import check_inputs
 from hydra_dist.context import sharding
-from hydra_dist.context.geometry import Documents, Geometry, Schedules
+from hydra_dist.context.gather import AllGather
+from hydra_dist.context.geometry import Documents, Geometry
 from hydra_dist.context.halo import HaloExchange
 from hydra_dist.context.handles import HANDLES
-from hydra_dist.context.mesh import AnyMesh, transports
+from hydra_dist.context.mesh import Wires
 from hydra_dist.context.operator import Strategy
 from hydra_dist.context.ring import Ring
+from hydra_dist.context.schedules import Schedules
 from hydra_dist.context.single import Single
 from hydra_dist.context.transport import Traffic
-from hydra_dist.costs.layout import LAYOUTS
-from hydra_dist.errors import ConfigError, nearest
-
-STRATEGIES = ("ring",)
-_GEOMETRIES_KEPT = 8
-
-
-class ContextParallel:
-    """The ranks that share a sequence, and how they do it.
-
-    Args:
-        mesh: a DeviceMesh with the dimensions ``ring`` and ``ulysses``, the mesh of an emulated rank, or None for one
-            device. All ranks of a DeviceMesh make their ContextParallel at the same point of the program, once.
-        strategy: ``ring``.
-        layout: ``zigzag`` (balanced under a causal mask) or ``contiguous``.
-        timeout: seconds that a rank waits for another one; None takes the process group's limit.
-
-    Attributes:
-        rank, size: this rank among those that share a sequence, and their number.
-        traffic: what this rank sent over all plans.
-
-    Raises:
-        ConfigError: an unknown strategy or layout, or a mesh that the strategy does not fit.
-    """
-
-    def __init__(
-        self,
-        mesh: AnyMesh = None,
-        strategy: str = "ring",
-        layout: str = "zigzag",
-        timeout: float | None = None,
-    ) -> None:
-        if strategy not in STRATEGIES:
-            raise ConfigError(f"context.strategy: {strategy}{nearest(strategy, STRATEGIES)}; {_exist(STRATEGIES)}")
-        if layout not in LAYOUTS:
-            raise ConfigError(f"context.layout: {layout}{nearest(layout, LAYOUTS)}; {_exist(LAYOUTS)}")
-        self.strategy = strategy
-        self.layout = layout
-        self.ring, self.ulysses = transports(mesh, timeout)
-        if self.ulysses.size > 1:
-            raise ConfigError(
-                f"context.strategy ring uses the ring dimension of the mesh only, and its ulysses dimension has "
-                f"{self.ulysses.size} ranks; a mesh of {self.ring.size * self.ulysses.size} x 1 works"
-            )
-        self.rank, self.size = self.ring.rank, self.ring.size
-        self.device = self.ring.device
-        self.traffic = Traffic()
-        self._geometries: dict[int, Geometry] = {}
-
-    def plan(
-        self, sequence_length: int, document_starts: Tensor | None = None, device: torch.device | None = None
-    ) -> "SequencePlan":
-        """Deal the rows of a batch to the ranks.
-
-        Args:
-            sequence_length: rows of the whole sequence, S.
-            document_starts: [B, S] int, the same on all ranks: for each row of the whole sequence the position at which
-                its document begins. None: one document. Read on the host, so a CPU tensor spares a wait for the GPU.
-            device: where ``positions`` and the local ``document_starts`` live. None: where document_starts is, or this
-                rank's device.
-
-        Raises:
-            ConfigError: a sequence shorter than the pieces that the layout cuts.
-            ValueError: document_starts of another shape, or not the starts of consecutive documents.
-        """
-        if sequence_length not in self._geometries:
-            while len(self._geometries) >= _GEOMETRIES_KEPT:
-                del self._geometries[next(iter(self._geometries))]
-            self._geometries[sequence_length] = Geometry(self.layout, sequence_length, self.rank, self.size)
-        if device is None:
-            device = self.device if document_starts is None else document_starts.device
-        return SequencePlan(self, self._geometries[sequence_length], document_starts, device)
+from hydra_dist.context.ulysses import HeadExchange
+from hydra_dist.costs.ulysses import key_heads_per_rank
+from hydra_dist.errors import ConfigError
 
 
 class SequencePlan:
@@ -105,31 +37,46 @@ class SequencePlan:
             document.
         ages: [B, S_local] int32, rows of its document before each local row; None for one document.
         chunk_lengths: rows of each local chunk; local rows are these chunks one after another, and consecutive
-            positions within each.
+            positions within each (every P-th in a striped layout).
     """
 
     def __init__(
-        self, context: ContextParallel, geometry: Geometry, document_starts: Tensor | None, device: torch.device
+        self,
+        wires: Wires,
+        traffic: Traffic,
+        strategy: str,
+        inner_ring: int | None,
+        ring: Geometry,
+        geometry: Geometry,
+        document_starts: Tensor | None,
+        documents: Documents | None,
+        device: torch.device,
     ) -> None:
         self.geometry = geometry
         self.sequence_length = geometry.sequence_length
-        self.chunk_lengths = tuple(stop - start for start, stop in geometry.local_chunks)
+        self.chunk_lengths = tuple(map(len, geometry.local_chunks))
         self.positions = geometry.positions(device)
         self.document_starts: Tensor | None = None
         self.ages: Tensor | None = None
-        self._documents: Documents | None = None
+        self._documents = documents
         if document_starts is not None:
-            self._documents = documents_of(document_starts, self.sequence_length)
             self.document_starts = sharding.shard(document_starts, 1, geometry).to(device)
             self.ages = (self.positions - self.document_starts).to(torch.int32)
-        self._traffic = Traffic(parent=context.traffic)
-        self._transport = context.ring.counting(self._traffic)
-        self.strategy: Strategy
-        if context.size == 1:
-            self.strategy = Single(self.document_starts)
-        else:
-            self.strategy = Ring(self._transport, geometry.lengths, Schedules(geometry, self._documents))
+        self._traffic = Traffic(parent=traffic)
+        self._wires = wires.counting(self._traffic)
+        first = ring.rank * self._wires.ulysses.size
+        self.heads = HeadExchange(self._wires.ulysses, geometry.lengths[first : first + self._wires.ulysses.size])
+        self.strategy = self._strategy(strategy, inner_ring, ring, document_starts)
         self.handle = HANDLES.add(self)
+
+    def _strategy(self, name: str, inner_ring: int | None, ring: Geometry, document_starts: Tensor | None) -> Strategy:
+        """How the ranks of the ring attend over each other's rows."""
+        if self._wires.ring.size == 1:
+            return Single(document_starts)
+        schedules = Schedules(ring, self._documents, inner_ring)
+        if name == "all_gather":
+            return AllGather(self._wires.ring, schedules.gathering, self.sequence_length)
+        return Ring(self._wires.ring, schedules.ring)
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's rows of a whole tensor along ``dim``. Differentiable: the gradient of a whole tensor is this
@@ -145,7 +92,7 @@ class SequencePlan:
             raise ValueError(
                 f"dimension {dim} of {list(x_local.shape)} holds local rows; it must have {self.geometry.local_length}"
             )
-        return sharding.unshard(x_local, dim, self.geometry, self._transport)
+        return sharding.unshard(x_local, dim, self.geometry, self._wires.all)
 
     def attention(
         self,
@@ -176,7 +123,7 @@ class SequencePlan:
             queries add.
 
         Raises:
-            ConfigError: ``sparse`` is given, or a window below 1.
+            ConfigError: ``sparse`` is given, a window below 1, or heads that a Ulysses group cannot share.
             ValueError: shapes or dtypes that do not fit together or with the plan; a negative logit_bound.
         """
         if sparse is not None:
@@ -186,6 +133,11 @@ class SequencePlan:
         check_inputs(q, k, v)
         self._check_rows("q", q)
         self._check_rows("k", k)
+        num_heads, num_ranks = q.shape[2], self._wires.ulysses.size
+        if num_ranks > 1:
+            key_heads_per_rank(num_heads, k.shape[2], num_ranks)
+            num_rows = sum(self.heads.lengths)
+            q, k, v = torch.ops.hydra_dist.rows_to_heads([q, k, v], self.handle, num_rows, num_ranks, False)
         out, _ = torch.ops.hydra_dist.context_attention(
             q,
             k,
@@ -196,6 +148,9 @@ class SequencePlan:
             1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
             logit_bound,
         )
+        if num_ranks > 1:
+            local = self.geometry.local_length
+            (out,) = torch.ops.hydra_dist.heads_to_rows([out], self.handle, [num_heads], local, False)
         return out
 
     def halo(self, parts: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
@@ -207,6 +162,9 @@ class SequencePlan:
         Returns:
             For each pair [B, chunks, rows, C]; slot i of a chunk that starts at position s is position s - rows + i.
             Zero before the sequence and outside of the document of the chunk's first row. Differentiable once.
+
+        Raises:
+            ConfigError: a striped layout, where the row before each row is on another rank.
         """
         if not parts:
             return []
@@ -221,10 +179,21 @@ class SequencePlan:
         halos: list[Tensor] = torch.ops.hydra_dist.halo(list(tensors), self.handle, list(rows), num_chunks)
         return halos
 
+    @property
+    def halo_handle(self) -> int | None:
+        """Names this plan for an operator that fetches its own halo and works meanwhile; None where one rank holds all
+        rows and there is nothing to wait for."""
+        return None if self._wires.all.size == 1 else self.handle
+
     def halo_exchange(self, rows: Sequence[int], device: torch.device) -> HaloExchange:
-        """What moves the halos of tensors with these numbers of rows; for the operator."""
+        """What moves the halos of tensors with these numbers of rows; for operators."""
+        if not self.geometry.has_halo:
+            raise ConfigError(
+                "context.layout striped: convolutions and the value shift read the row before each row, which another "
+                "rank then holds; zigzag, contiguous or balanced works"
+            )
         maps = [self.geometry.halo_map(number, device) for number in rows]
-        return HaloExchange(self._transport, maps, [self._inside(number, device) for number in rows])
+        return HaloExchange(self._wires.all, maps, [self._inside(number, device) for number in rows])
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """What this rank sent for this plan so far: bytes, messages and hops, by direction and kind."""
@@ -250,34 +219,3 @@ class SequencePlan:
             raise ValueError(
                 f"{name} has {x.shape[0]} batch rows and document_starts has {self.document_starts.shape[0]}"
             )
-
-
-def documents_of(document_starts: Tensor, sequence_length: int) -> Documents:
-    """The sorted start positions of each batch row's documents.
-
-    Raises:
-        ValueError: not [B, S] integers, or not the starts of consecutive documents.
-    """
-    if document_starts.dim() != 2 or document_starts.shape[1] != sequence_length:
-        raise ValueError(
-            f"document_starts has shape {list(document_starts.shape)}; [batch, {sequence_length}] is wanted, over the "
-            f"whole sequence"
-        )
-    if document_starts.dtype.is_floating_point or document_starts.dtype in (torch.bool, torch.complex64):
-        raise ValueError(f"document_starts is {document_starts.dtype}; integers are wanted")
-    host = document_starts.detach().cpu()
-    begins = host == torch.arange(sequence_length)
-    goes_on = torch.zeros_like(begins)
-    goes_on[:, 1:] = host[:, 1:] == host[:, :-1]
-    wrong = (~(begins | goes_on)).nonzero()
-    if wrong.numel():
-        batch, position = wrong[0].tolist()
-        raise ValueError(
-            f"document_starts[{batch}, {position}] is {int(host[batch, position])}; a row's document begins at the row "
-            f"itself ({position}) or where that of the row before it begins, and at 0 for the first row"
-        )
-    return tuple(tuple(row.nonzero().flatten().tolist()) for row in begins)
-
-
-def _exist(names: Sequence[str]) -> str:
-    return f"{' and '.join(names)} exist{'s' if len(names) == 1 else ''}"

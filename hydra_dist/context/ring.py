@@ -1,30 +1,36 @@
 """Ring attention: keys and values go around, queries stay.
 
-Every rank holds the queries, keys and values of its rows. At hop t it computes the attention of its queries over the
-keys of the rank t places before it, while these keys are already on their way to the next rank. Partial results merge
-by their log-sum-exp, or by plain addition where scores are known to be small enough. Keys travel only as far as some
-rank on their way needs them; the ranks know this from the mask.
+Every rank holds the queries, keys and values of its rows. At each hop it computes the attention of its queries over the
+keys of another rank, while these keys are already on their way to the next one. Partial results merge by their
+log-sum-exp, or by plain addition where scores are known to be small enough. Keys travel only as far as some rank on
+their way needs them, and only those that some rank needs; the ranks know this from the mask.
 
-Backward, the keys go around once more. The gradients of the keys that visit are started by the first rank that
-needs them, follow them one hop behind, and go home from the last one. A rank's own keys are worked on last in part, to
-have something to do while the gradients come home.
+Backward, the keys go around once more, and their gradients follow one hop behind and go home. Where a rank has few
+query heads, its queries go around instead (with the output's gradient, the output and lse) and collect their gradient,
+while keys, values and their gradients stay. What is fewer bytes is taken.
+
+A rank's own rows are worked on last in part, to have something to do while gradients come home.
 
 Source: Liu et al. 2023, "Ring Attention with Blockwise Transformers" (arXiv 2310.01889); zigzag balance as in
-Brandon et al. 2023 (arXiv 2311.09431) and later causal rings.
+Brandon et al. 2023 (arXiv 2311.09431) and later causal rings; moving queries in the backward pass and rings of rings as
+in Sun et al. 2024, "BurstAttention" (arXiv 2403.09347).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from hydra_dist.attention import attend_tiles, attend_tiles_backward, merge_rule
 from hydra_dist.context.geometry import RingSchedule
-from hydra_dist.context.transport import Direction, Finished, Message, Transport, Work
+from hydra_dist.context.rotation import Followers, Visitors, add_to_rows, rows_of
+from hydra_dist.context.transport import Transport
+from hydra_dist.costs.needs import Side
+from hydra_dist.costs.rotation import Heads, cheaper_backward
 from hydra_dist.costs.tiles import Tile
 
-ScheduleOf = Callable[[bool, int | None], RingSchedule]
-"""(causal, window) -> the schedule of this rank."""
+ScheduleOf = Callable[[bool, int | None, Side], RingSchedule]
+"""(causal, window, what goes around) -> the schedule of this rank."""
 
 
 class Ring:
@@ -32,14 +38,14 @@ class Ring:
 
     Args:
         transport: to the ranks of the ring.
-        lengths: rows of every rank.
         schedule_of: the schedule for a mask.
+        backward_rotates: ``keys``, ``queries``, or None for whichever is fewer bytes.
     """
 
-    def __init__(self, transport: Transport, lengths: list[int], schedule_of: ScheduleOf) -> None:
+    def __init__(self, transport: Transport, schedule_of: ScheduleOf, backward_rotates: Side | None = None) -> None:
         self.transport = transport
-        self.lengths = lengths
         self.schedule_of = schedule_of
+        self.backward_rotates = backward_rotates
 
     def forward(
         self,
@@ -62,22 +68,15 @@ class Ring:
         Returns:
             out [B, S_local, Hq, D] in q's dtype and lse [B, Hq, S_local] in fp32 or wider.
         """
-        schedule = self.schedule_of(causal, window)
+        schedule = self.schedule_of(causal, window, "keys")
         rule = merge_rule(logit_bound)
         out, lse = rule.start(q)
-        for hop, visitor in self._visits(k, v, schedule, "forward"):
-            if visitor is not None:
-                attend_tiles(
-                    q,
-                    *visitor,
-                    schedule.tiles[hop],
-                    scale=scale,
-                    out=out,
-                    lse=lse,
-                    window=window,
-                    fresh=hop == 0,
-                    rule=rule,
-                )
+        visits = Visitors(self.transport, schedule, _shapes_of_keys(k), "forward", "keys")
+        for hop, visitor in visits(self._leaving(schedule, k, v)):
+            if hop == 0 or visitor is not None:
+                keys, values = (k, v) if visitor is None else visitor[0]
+                tiles = schedule.tiles[hop]
+                attend_tiles(q, keys, values, tiles, scale=scale, out=out, lse=lse, fresh=hop == 0, rule=rule)
         return rule.finish(out, lse, q.dtype)
 
     def backward(
@@ -99,109 +98,95 @@ class Ring:
             grad_out: the gradient of ``out``.
             out, lse: what ``forward`` returned.
         """
-        schedule = self.schedule_of(causal, window)
-        rank, size, journeys = self.transport.rank, self.transport.size, schedule.journeys
+        heads = Heads(q.shape[2], k.shape[2], q.shape[3])
+        side = self.backward_rotates or cheaper_backward(heads, q.element_size())
+        schedule = self.schedule_of(causal, window, side)
         grad_q = q.new_zeros(q.shape, dtype=_wide(q))
-        grad_k, grad_v = k.new_zeros(k.shape, dtype=_wide(k)), v.new_zeros(v.shape, dtype=_wide(v))
+        grad_k, grad_v = (x.new_zeros(x.shape, dtype=_wide(x)) for x in (k, v))
+        queries, keys, grad_keys = (grad_out, q, out, lse), (k, v), (grad_k, grad_v)
 
-        def add_gradients(keys: tuple[Tensor, Tensor], tiles: Sequence[Tile], sums: tuple[Tensor, Tensor]) -> None:
+        def add(
+            queries: Sequence[Tensor],
+            keys: Sequence[Tensor],
+            tiles: Sequence[Tile],
+            grad_q: Tensor,
+            grad_keys: Iterable[Tensor],
+        ) -> None:
+            grad_out, q, out, lse = queries
+            k, v = keys
+            grad_k, grad_v = grad_keys
             attend_tiles_backward(
-                grad_out,
-                q,
-                *keys,
-                out,
-                lse,
-                tiles,
-                scale=scale,
-                grad_q=grad_q,
-                grad_k=sums[0],
-                grad_v=sums[1],
-                window=window,
+                grad_out, q, k, v, out, lse, tiles, scale=scale, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v
             )
 
-        own_tiles = schedule.tiles[0]
-        cut = (len(own_tiles) + 1) // 2 if journeys[rank].last else len(own_tiles)
-        moving: Work = Finished()
-        follower: Tensor | None = None  # the gradients that follow the keys that visit next
-        returned: Tensor | None = None  # the gradients of this rank's keys, from the last rank that they visited
-        for hop, visitor in self._visits(k, v, schedule, "backward"):
-            if hop == 0:
-                add_gradients((k, v), own_tiles[:cut], (grad_k, grad_v))
-                continue
-            owner = (rank - hop) % size
-            grad_keys = None
-            if visitor is not None and schedule.tiles[hop]:
-                grad_keys = self._room_for(owner, grad_k).zero_()
-                add_gradients(visitor, schedule.tiles[hop], (grad_keys[0], grad_keys[1]))
-            moving.wait()
-            if returned is not None:
-                grad_k += returned[0]
-                grad_v += returned[1]
-            if grad_keys is None:
-                grad_keys = follower  # the keys only pass through
-            elif follower is not None:
-                grad_keys += follower
+        travels = schedule.journeys[self.transport.rank].rows
 
-            sends: list[Message] = []
-            receives: list[Message] = []
-            follower = returned = None
-            if grad_keys is not None:
-                sends.append((self.transport.next_rank if journeys[owner].last > hop else owner, grad_keys))
-            next_owner = (owner - 1) % size
-            if 0 < journeys[next_owner].first <= hop < journeys[next_owner].last:
-                follower = self._room_for(next_owner, grad_k)
-                receives.append((self.transport.previous_rank, follower))
-            if journeys[rank].last == hop:
-                returned = self._room_for(rank, grad_k)
-                receives.append(((rank + hop) % size, returned))
-            moving = self.transport.exchange(sends, receives, direction="backward", kind="key gradients")
-        add_gradients((k, v), own_tiles[cut:], (grad_k, grad_v))
-        moving.wait()
-        if returned is not None:
-            grad_k += returned[0]
-            grad_v += returned[1]
+        def keys_home(came: Tensor) -> None:
+            for total, part in zip(grad_keys, came, strict=True):
+                add_to_rows(total, travels, part, 1)
+
+        def queries_home(came: Tensor) -> None:
+            add_to_rows(grad_q, travels, came, 1)
+
+        if side == "keys":
+            leaving = self._leaving(schedule, k, v)
+            shapes, sums = _shapes_of_keys(k), _shapes_of_keys(grad_k)
+            visits = Visitors(self.transport, schedule, shapes, "backward", "keys")
+            gone = Followers(self.transport, schedule, sums, "key gradients", keys_home)
+        else:
+            leaving = self._queries_leaving(schedule, grad_out, q, out, lse)
+            visits = Visitors(self.transport, schedule, _shapes_of_queries(q, lse), "backward", "queries")
+            sums = _shapes_of_gradients(grad_q)
+            gone = Followers(self.transport, schedule, sums, "query gradients", queries_home)
+
+        own = schedule.tiles[0]
+        cut = (len(own) + 1) // 2 if travels else len(own)
+        for hop, visitor in visits(leaving):
+            if hop == 0:
+                add(queries, keys, own[:cut], grad_q, grad_keys)
+                continue
+            added = None
+            if visitor is not None and schedule.tiles[hop]:
+                added = gone.zeros(hop)
+                if side == "keys":
+                    add(queries, visitor[0].unbind(), schedule.tiles[hop], grad_q, added)
+                else:
+                    add((*visitor[0].unbind(), visitor[1]), keys, schedule.tiles[hop], added, grad_keys)
+            gone.pass_on(hop, added)
+        add(queries, keys, own[cut:], grad_q, grad_keys)
+        gone.finish()
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
-    def _visits(
-        self, k: Tensor, v: Tensor, schedule: RingSchedule, direction: Direction
-    ) -> Iterator[tuple[int, tuple[Tensor, Tensor] | None]]:
-        """Yield (hop, keys and values) for each hop, None where none come; the next hop is under way meanwhile.
+    def _leaving(self, schedule: RingSchedule, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Keys and values that other ranks need, as one message."""
+        rows = schedule.journeys[self.transport.rank].rows
+        return [torch.stack([rows_of(k, rows, 1), rows_of(v, rows, 1)])] if rows else []
 
-        Keys and values are one message. What is yielded is overwritten two hops later.
-        """
-        rank, size, journeys = self.transport.rank, self.transport.size, schedule.journeys
-        here: Tensor | None = torch.stack([k, v]) if journeys[rank].last else None  # [2, B, S of the owner, Hk, D]
-        largest = 2 * k.shape[0] * max(self.lengths) * k.shape[2] * k.shape[3]
-        buffers: dict[int, Tensor] = {}  # two, flat, each large enough for any rank's keys
-        for hop in range(size):
-            owner, next_owner = (rank - hop) % size, (rank - hop - 1) % size
-            sends: list[Message] = []
-            receives: list[Message] = []
-            arriving = None
-            if here is not None and journeys[owner].last > hop:
-                sends.append((self.transport.next_rank, here))
-            if hop + 1 < size and journeys[next_owner].last > hop:
-                if hop % 2 not in buffers:
-                    buffers[hop % 2] = k.new_empty(largest)
-                arriving = _keys_in(buffers[hop % 2], k, self.lengths[next_owner])
-                receives.append((self.transport.previous_rank, arriving))
-            moving = self.transport.exchange(sends, receives, direction=direction, kind="keys")
-            if hop == 0:
-                yield hop, (k, v)
-            else:
-                yield hop, None if here is None else (here[0], here[1])
-            moving.wait()
-            here = arriving
-
-    def _room_for(self, owner: int, grad_k: Tensor) -> Tensor:
-        """Uninitialised room for the gradients of one rank's keys and values, [2, B, S of the owner, Hk, D]."""
-        return grad_k.new_empty(2, grad_k.shape[0], self.lengths[owner], grad_k.shape[2], grad_k.shape[3])
+    def _queries_leaving(
+        self, schedule: RingSchedule, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor
+    ) -> list[Tensor]:
+        rows = schedule.journeys[self.transport.rank].rows
+        if not rows:
+            return []
+        return [
+            torch.stack([rows_of(x.to(q.dtype), rows, 1) for x in (grad_out, q, out)]),
+            rows_of(lse, rows, 2).contiguous(),
+        ]
 
 
-def _keys_in(buffer: Tensor, k: Tensor, length: int) -> Tensor:
-    """The start of a flat buffer as keys and values of ``length`` rows, [2, B, length, Hk, D]."""
-    shape = (2, k.shape[0], length, k.shape[2], k.shape[3])
-    return buffer[: 2 * k.shape[0] * length * k.shape[2] * k.shape[3]].view(shape)
+def _shapes_of_keys(k: Tensor) -> Callable[[int], list[tuple[tuple[int, ...], torch.dtype]]]:
+    B, _, Hk, D = k.shape
+    return lambda rows: [((2, B, rows, Hk, D), k.dtype)]
+
+
+def _shapes_of_queries(q: Tensor, lse: Tensor) -> Callable[[int], list[tuple[tuple[int, ...], torch.dtype]]]:
+    B, _, Hq, D = q.shape
+    return lambda rows: [((3, B, rows, Hq, D), q.dtype), ((B, Hq, rows), lse.dtype)]
+
+
+def _shapes_of_gradients(grad_q: Tensor) -> Callable[[int], list[tuple[tuple[int, ...], torch.dtype]]]:
+    B, _, Hq, D = grad_q.shape
+    return lambda rows: [((B, rows, Hq, D), grad_q.dtype)]
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -4,9 +4,13 @@ Attention's score matrix has a row for each query and a column for each key. Cau
 boundaries make most of it zero, and what remains is cut here into rectangles ("tiles") that a fused attention kernel
 can run: without a mask, with the causal flag, or, along the edge of a window, with a small explicit mask.
 
-Queries and keys are spans: rows that lie side by side in memory and hold consecutive positions of the sequence. A rank
-of a context-parallel group holds one or more spans, and the keys that visit it are other spans of the same sequence,
-so the two sides may lie anywhere relative to each other.
+Queries and keys are spans: rows that lie side by side in memory and hold consecutive positions of the sequence, or
+every n-th one. A rank of a context-parallel group holds one or more spans, and the keys that visit it are other spans
+of the same sequence, so the two sides may lie anywhere relative to each other.
+
+Spans with a stride of n lead to the same rectangles as consecutive ones: a query at a + n i sees a key at b + n j if
+j <= i + (a - b) // n, so with (a - b) // n added to the query's index, causality is a matter of indices alone. A window
+counts in strides likewise.
 """
 
 from bisect import bisect_right
@@ -16,7 +20,7 @@ from itertools import groupby
 from typing import Literal
 
 Kind = Literal["full", "causal", "masked"]
-Rectangle = tuple[Kind, int, int, int, int]  # kind, then query and key positions as half-open ranges
+Rectangle = tuple[Kind, int, int, int, int]  # kind, then query and key indices as half-open ranges
 
 # Rows of a tile along a window's edge. Smaller blocks compute less outside of the window, larger ones mean fewer calls.
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 256
@@ -26,25 +30,30 @@ WIDEST_MASK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Rows [row_start, row_stop) hold the global positions position, position + 1, ..."""
+    """Rows [row_start, row_stop) hold the global positions position, position + stride, ..."""
 
     row_start: int
     row_stop: int
     position: int
+    stride: int = 1
 
     @property
     def stop(self) -> int:
         """The position after the last one."""
-        return self.position + self.row_stop - self.row_start
+        return self.position + (self.row_stop - self.row_start - 1) * self.stride + 1
+
+    def index(self, position: int) -> int:
+        """How many of its rows lie before ``position``."""
+        rows = -((self.position - position) // self.stride)
+        return min(max(rows, 0), self.row_stop - self.row_start)
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """A rectangle of the score matrix in local rows, in which every query sees at least one key.
 
-    ``full`` needs no mask. ``causal`` is square, and its query i sees its keys 0..i. ``masked`` needs the explicit mask
-    0 <= q_position - k_position < window, where the positions of its first query and first key are given here.
-    ``batch`` is one row of the batch, or None for all of them.
+    ``full`` needs no mask. ``causal`` is square, and its query i sees its keys 0..i. In ``masked`` its query i sees the
+    keys j with 0 <= offset + i - j < window. ``batch`` is one row of the batch, or None for all of them.
     """
 
     batch: int | None
@@ -53,8 +62,8 @@ class Tile:
     k_start: int
     k_stop: int
     kind: Kind
-    q_position: int
-    k_position: int
+    offset: int = 0
+    window: int | None = None
 
     @property
     def pairs(self) -> int:
@@ -85,8 +94,10 @@ def tiles(
         there is a window.
 
     Raises:
-        ValueError: a window below 1.
+        ValueError: a window below 1, or spans of different strides.
     """
+    if len({span.stride for span in (*q_spans, *k_spans)}) > 1:
+        raise ValueError("queries and keys must be laid out with the same stride")
     if window is not None and window < 1:
         raise ValueError(f"window {window}: a query sees at least itself, so the smallest window is 1 (None for all)")
     if documents is None:
@@ -112,20 +123,20 @@ def executed_pairs(found: Iterable[Tile], batch_size: int = 1) -> int:
     return sum(tile.pairs * (batch_size if tile.batch is None else 1) for tile in found)
 
 
-def needed_pairs(found: Iterable[Tile], window: int | None, batch_size: int = 1) -> int:
+def needed_pairs(found: Iterable[Tile], batch_size: int = 1) -> int:
     """Score entries that the mask allows, for one head over the whole batch: ``executed_pairs`` less what is masked."""
     total = 0
     for tile in found:
-        pairs = tile.pairs if tile.kind != "masked" else _allowed_pairs(tile, window)
+        pairs = tile.pairs if tile.kind != "masked" else _allowed_pairs(tile)
         total += pairs * (batch_size if tile.batch is None else 1)
     return total
 
 
-def _allowed_pairs(tile: Tile, window: int | None) -> int:
+def _allowed_pairs(tile: Tile) -> int:
     total = 0
     for row in range(tile.q_stop - tile.q_start):
-        newest = tile.q_position + row - tile.k_position  # the key column at the query's own position
-        first = 0 if window is None else max(0, newest - window + 1)
+        newest = tile.offset + row  # the last key column that the query sees
+        first = 0 if tile.window is None else max(0, newest - tile.window + 1)
         total += max(0, min(tile.k_stop - tile.k_start, newest + 1) - first)
     return total
 
@@ -144,21 +155,23 @@ def _row(
         for k in k_spans:
             if q.row_start >= q.row_stop or k.row_start >= k.row_stop:
                 continue
-            for low, high in _documents_of_both(q, k, starts):
-                rectangles = _band(
-                    max(q.position, low),
-                    min(q.stop, high),
-                    max(k.position, low),
-                    min(k.stop, high),
-                    causal or window is not None,
-                    window,
-                )
-                q_shift, k_shift = q.row_start - q.position, k.row_start - k.position
-                found.extend(
-                    Tile(batch, q_a + q_shift, q_b + q_shift, k_a + k_shift, k_b + k_shift, kind, q_a, k_a)
-                    for kind, q_a, q_b, k_a, k_b in rectangles
-                )
+            found.extend(_of_two_spans(batch, q, k, causal or window is not None, window, starts))
     return _joined(found)
+
+
+def _of_two_spans(
+    batch: int | None, q: Span, k: Span, causal: bool, window: int | None, starts: Sequence[int]
+) -> Iterator[Tile]:
+    # The indices of queries are shifted, so that a query sees keys up to its own index.
+    shift, past = divmod(q.position - k.position, q.stride)
+    if window is not None:
+        window = -((past - window) // q.stride)  # of those indices: ceil((window - past) / stride)
+    for low, high in _documents_of_both(q, k, starts):
+        rows = (q.index(low) + shift, q.index(high) + shift, k.index(low), k.index(high))
+        for kind, q_a, q_b, k_a, k_b in _band(*rows, causal, window):
+            q_rows = (q_a - shift + q.row_start, q_b - shift + q.row_start)
+            masked = (q_a - k_a, window) if kind == "masked" else (0, None)
+            yield Tile(batch, *q_rows, k_a + k.row_start, k_b + k.row_start, kind, *masked)
 
 
 def _documents_of_both(q: Span, k: Span, starts: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -175,6 +188,8 @@ def _documents_of_both(q: Span, k: Span, starts: Sequence[int]) -> Iterator[tupl
 
 def _band(q_a: int, q_b: int, k_a: int, k_b: int, causal: bool, window: int | None) -> Iterator[Rectangle]:
     """Cut the pairs of queries [q_a, q_b) and keys [k_a, k_b) that causality and the window allow into rectangles."""
+    if window is not None and window < 1:  # striped keys, all of them further away than the window reaches
+        return
     if causal:
         q_a, k_b = max(q_a, k_a), min(k_b, q_b)
     if window is not None:
@@ -222,13 +237,13 @@ def _joined(found: list[Tile]) -> list[Tile]:
         return found
     full.sort(key=lambda tile: (tile.k_start, tile.k_stop, tile.q_start))
     full = [
-        Tile(part.batch, q_start, q_stop, part.k_start, part.k_stop, "full", part.q_position, part.k_position)
+        Tile(part.batch, q_start, q_stop, part.k_start, part.k_stop, "full")
         for _, group in groupby(full, key=lambda tile: (tile.k_start, tile.k_stop))
         for q_start, q_stop, part in _runs([(tile.q_start, tile.q_stop, tile) for tile in group])
     ]
     full.sort(key=lambda tile: (tile.q_start, tile.q_stop, tile.k_start))
     full = [
-        Tile(part.batch, part.q_start, part.q_stop, k_start, k_stop, "full", part.q_position, part.k_position)
+        Tile(part.batch, part.q_start, part.q_stop, k_start, k_stop, "full")
         for _, group in groupby(full, key=lambda tile: (tile.q_start, tile.q_stop))
         for k_start, k_stop, part in _runs([(tile.k_start, tile.k_stop, tile) for tile in group])
     ]

@@ -101,9 +101,10 @@ class CCGQA(nn.Module):
         if rope is None:
             rope = rope_tables(seq.positions.to(x.device), self.rope_dim, self.rope_theta, x.dtype)
         p = self.down(x)
-        z_before, v_before = self._rows_before(seq, p)
         ages = None if seq.ages is None else seq.ages.to(x.device)
-        return self.prologue(p, z_before, v_before, ages, seq.chunk_lengths, rope)
+        handle = seq.halo_handle
+        before = (None, None) if handle is not None else self._rows_before(seq, p)
+        return self.prologue(p, *before, ages, seq.chunk_lengths, rope, handle)
 
     def _rows_before(self, seq: LocalSequence, p: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What comes from before each chunk, in one request: rows for the convolutions, a row for the value shift."""

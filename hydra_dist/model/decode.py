@@ -23,6 +23,7 @@ class LayerCache:
 
     document_starts = None
     ages = None
+    halo_handle = None
 
     def __init__(self) -> None:
         self.positions = torch.empty(0, dtype=torch.long)

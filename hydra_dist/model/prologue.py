@@ -17,6 +17,7 @@ from hydra_dist.attention import LARGEST_LOGIT_BOUND
 from hydra_dist.errors import ConfigError, nearest
 from hydra_dist.model.convolution import Taps
 from hydra_dist.model.prologue_operator import prologue
+from hydra_dist.model.prologue_over_ranks import prologue_over_ranks
 from hydra_dist.model.prologue_plain import Switches
 from hydra_dist.model.rope import Rope
 
@@ -100,6 +101,11 @@ class Prologue(nn.Module):
         return self.switches.num_rows_before
 
     @property
+    def reads_before(self) -> bool:
+        """Whether anything before a chunk is read."""
+        return self.num_rows_before > 0 or self.switches.value_shift
+
+    @property
     def taps(self) -> Taps | None:
         """Weights of the convolutions; None without."""
         taps = (self.depthwise_weight, self.depthwise_bias, self.grouped_weight, self.grouped_bias)
@@ -171,13 +177,21 @@ class Prologue(nn.Module):
         ages: Tensor | None,
         chunk_lengths: Sequence[int],
         rope: Rope | None,
+        halo_handle: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``prologue_plain.forward`` for the arguments."""
+        """See ``prologue_plain.forward`` for the arguments.
+
+        With ``halo_handle`` (``SequencePlan.halo_handle``) the rows before each chunk are fetched meanwhile, and
+        z_before and v_before are not looked at.
+        """
         beta = self.beta()
         # A raw temperature may be zero, and the operator's backward divides by what it is given.
         inside = None if self.temperature == "raw" else beta
-        rows = (p, z_before, v_before, ages, chunk_lengths)
-        q, k, v = prologue(*rows, self.taps, inside, rope, self.switches, self.backend)
+        weights = (self.taps, inside, rope, self.switches, self.backend)
+        if halo_handle is not None and self.reads_before:
+            q, k, v = prologue_over_ranks(p, halo_handle, ages, chunk_lengths, *weights)
+        else:
+            q, k, v = prologue(p, z_before, v_before, ages, chunk_lengths, *weights)
         if beta is not None and inside is None:
             k = (k * beta.unsqueeze(-1)).to(k.dtype)
         return q, k, v

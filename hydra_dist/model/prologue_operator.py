@@ -41,7 +41,7 @@ def prologue(
     cosines, sines = (None, None) if rope is None else rope
     v_before = v_before if switches.value_shift else None
     tensors = (p, z_before, v_before, ages, w0, b0, w1, b1, beta, cosines, sines)
-    q, k, v, _ = torch.ops.hydra_dist.ccgqa_prologue(*tensors, list(chunk_lengths), *_plain_values(switches), backend)
+    q, k, v, _ = torch.ops.hydra_dist.ccgqa_prologue(*tensors, list(chunk_lengths), *plain_values(switches), backend)
     return q, k, v
 
 
@@ -73,7 +73,8 @@ def _kernels_refuse(device: torch.device, dtype: torch.dtype, switches: Switches
     return ccgqa_prologue_forward.refuses(device, dtype, switches.head_dim, switches.kernel_sizes, num_chunks)
 
 
-def _plain_values(switches: Switches) -> tuple[int, int, int, list[int], bool, float | None, bool]:
+def plain_values(switches: Switches) -> tuple[int, int, int, list[int], bool, float | None, bool]:
+    """``switches`` as the operators take them."""
     return (
         switches.num_query_heads,
         switches.num_key_heads,

@@ -33,6 +33,11 @@ class LocalSequence(Protocol):
     def chunk_lengths(self) -> Listing[int]:
         """Local rows are these many runs of consecutive positions, one after another."""
 
+    @property
+    def halo_handle(self) -> int | None:
+        """For operators that fetch rows of other ranks themselves and work meanwhile: names the plan; None: ``halo``
+        has them without waiting."""
+
     def halo(self, parts: Listing[tuple[Tensor, int]]) -> Listing[Tensor | None]:
         """For each (tensor [B, S, C], rows): the rows before each chunk [B, chunks, rows, C], zero outside of the
         document of the chunk's first row; None where all of them are zero."""
@@ -57,6 +62,7 @@ class WholeSequence:
 
     document_starts = None
     ages = None
+    halo_handle = None
 
     def __init__(self, length: int, device: torch.device) -> None:
         self.positions = torch.arange(length, device=device)

@@ -4,6 +4,7 @@ It computes on local rows and knows no ranks: what a layer needs of other rows i
 has the embedding's dtype, so it is fp32 under autocast while the matrix products and what they read are bf16.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from hydra_dist.model.gqa import GQA
 from hydra_dist.model.loss import Head
 from hydra_dist.model.mlp import MLP
 from hydra_dist.model.norm import RMSNorm
+from hydra_dist.model.offload import ActivationOffload, Host
 from hydra_dist.model.rope import Rope, rope_tables
 from hydra_dist.model.sequence import LocalSequence, WholeSequence
 
@@ -28,12 +30,12 @@ ACTIVATION_CHECKPOINTING = ("none", "layer")
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); ``config`` is one of ``ModelConfig.layers``."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, mlp_tile_size: int | None = None) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = attention_layer(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config.hidden_size, config.mlp_size)
+        self.mlp = MLP(config.hidden_size, config.mlp_size, mlp_tile_size)
 
     def forward(self, x: Tensor, seq: LocalSequence, rope: Rope | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), seq, rope)
@@ -48,13 +50,20 @@ class Transformer(nn.Module):
         activation_checkpointing: ``none``, or ``layer``: keep each layer's input and its attention result (so that no
             rank's keys travel twice), and compute the rest again in backward.
         loss_chunk_size: tokens whose logits exist at once.
+        mlp_tile_size: tokens whose gate and up exist at once in a layer's MLP; None: all of them.
+        offload_to: where what the layers keep under ``layer`` goes between forward and backward; None: it stays.
 
     Raises:
-        ConfigError: no vocab_size, or an unknown activation_checkpointing.
+        ConfigError: no vocab_size, an unknown activation_checkpointing, or offload without ``layer``.
     """
 
     def __init__(
-        self, config: ModelConfig, activation_checkpointing: str = "none", loss_chunk_size: int = 2048
+        self,
+        config: ModelConfig,
+        activation_checkpointing: str = "none",
+        loss_chunk_size: int = 2048,
+        mlp_tile_size: int | None = None,
+        offload_to: Host | None = None,
     ) -> None:
         super().__init__()
         if config.vocab_size is None:
@@ -64,10 +73,16 @@ class Transformer(nn.Module):
                 f"activation_checkpointing {activation_checkpointing}: {' or '.join(ACTIVATION_CHECKPOINTING)} works"
                 + nearest(activation_checkpointing, ACTIVATION_CHECKPOINTING)
             )
+        if offload_to is not None and activation_checkpointing != "layer":
+            raise ConfigError(
+                f"activations are moved to the host only from layers that are checkpointed, and "
+                f"activation_checkpointing is {activation_checkpointing}; layer works"
+            )
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.offload = None if offload_to is None else ActivationOffload(offload_to, SAVED_BY_CHECKPOINT)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(layer) for layer in config.layers)
+        self.layers = nn.ModuleList(Block(layer, mlp_tile_size) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config.vocab_size, config.hidden_size, loss_chunk_size)
         if config.tie_embeddings:
@@ -100,8 +115,14 @@ class Transformer(nn.Module):
     def _hidden(self, tokens: Tensor, seq: LocalSequence) -> Tensor:
         x = self.embedding(tokens)
         rope = self.rope(seq.positions.to(x.device), x.dtype)
+        checkpointing = self.activation_checkpointing == "layer" and torch.is_grad_enabled()
+        if checkpointing and self.offload is not None:
+            with self.offload.forward(len(self.layers)) as forward:
+                for layer in self.layers:
+                    with forward.layer(x) as context_fn:
+                        x = _checkpointed(layer, x, seq, rope, context_fn)
+            return x
         for layer in self.layers:
-            checkpointing = self.activation_checkpointing == "layer" and torch.is_grad_enabled()
             x = (self._checkpointed if checkpointing else self._plain)(layer, x, seq, rope)
         return x
 
@@ -109,7 +130,14 @@ class Transformer(nn.Module):
         """Run each layer through torch.compile, whole: a graph break is an error. ``options`` are torch.compile's.
 
         Compiled code names the plan of a batch and does not hold it: keep it until backward is over.
+
+        Raises ConfigError where activations are moved to the host.
         """
+        if self.offload is not None:
+            raise ConfigError(
+                "compiled layers keep their activations inside compiled code, where none can be moved to the host; "
+                "offload without compile, or compile without offload, works"
+            )
         # Each kind of layer is traced twice at most: with its first plan's handle as a constant, then with any.
         kinds = len(set(map(repr, self.config.layers)))
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * kinds + 2)
@@ -150,7 +178,13 @@ def _plain(layer: nn.Module, x: Tensor, seq: LocalSequence, rope: Rope | None) -
     return rows
 
 
-def _checkpointed(layer: nn.Module, x: Tensor, seq: LocalSequence, rope: Rope | None) -> Tensor:
+def _checkpointed(
+    layer: nn.Module,
+    x: Tensor,
+    seq: LocalSequence,
+    rope: Rope | None,
+    context_fn: Callable[[], Any] | None = None,
+) -> Tensor:
     return checkpoint(
         layer,
         x,
@@ -158,7 +192,7 @@ def _checkpointed(layer: nn.Module, x: Tensor, seq: LocalSequence, rope: Rope | 
         rope,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing in a layer is random
-        context_fn=partial(create_selective_checkpoint_contexts, _keep_attention),
+        context_fn=context_fn or partial(create_selective_checkpoint_contexts, _keep_attention),
     )
 
 

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     source = arguments[0]
     config = load_config(source, arguments[1:])
     prepared = preflight(config, source, world_size_from_environment())
-    if choose_device(config.train.device).type == "cpu":
+    if choose_device(config.train.device, share_gpu=config.train.share_gpu).type == "cpu":
         keep_freed_memory()
 
     import torch.distributed as dist

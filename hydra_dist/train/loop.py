@@ -26,6 +26,7 @@ from hydra_dist.data import Batch
 from hydra_dist.errors import RunError
 from hydra_dist.model import Transformer, initialize
 from hydra_dist.model.explain import explain_layers
+from hydra_dist.model.offload import PinnedHost
 from hydra_dist.train import checkpoint
 from hydra_dist.train.engine import Engine, resolve_precision
 from hydra_dist.train.engine_state import EngineState
@@ -49,15 +50,18 @@ class Trainer:
         self.precision = resolve_precision(config, mesh.device)
         self.context = ContextParallel(
             mesh.context,
-            strategy=config.context.strategy,
+            strategy=mesh.choice.chosen.strategy,
             layout=config.context.layout,
             timeout=config.context.timeout_seconds,
+            inner_ring=mesh.choice.chosen.inner_ring,
         )
         torch.manual_seed(config.train.seed)
         model = Transformer(
             prepared.model,
             activation_checkpointing=config.train.activation_checkpointing,
             loss_chunk_size=config.train.loss_chunk_size,
+            mlp_tile_size=config.train.mlp_tile_size,
+            offload_to=PinnedHost(mesh.device) if config.train.activation_offload else None,
         )
         initialize(model, config.train.seed)
         self.engine = Engine(model.to(mesh.device), config, mesh, self.precision)
@@ -261,11 +265,13 @@ class Trainer:
         metrics.message(
             f"{parameters / 1e6:.2f}M parameters, {self.precision} on {mesh.device.type}, ZeRO stage "
             f"{config.zero.stage}, {mesh.data_size} data x {mesh.context_size} context ranks "
-            f"({config.context.strategy}, {config.context.layout}); "
+            f"({mesh.choice.chosen.grid}, {config.context.layout}); "
             f"{self.rows_per_step} rows of {config.data.sequence_length:,} tokens a step"
         )
         dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
-        length, over_ranks = config.data.sequence_length, mesh.context_size > 1
+        if config.context.strategy in ("auto", "hybrid") and mesh.context_size > 1:
+            metrics.message(f"context strategy {mesh.choice.chosen.describe()}: {mesh.choice.why}")
+        length, over_ranks = config.data.sequence_length, mesh.choice.chosen.ring > 1
         for line in explain_layers(self.prepared.model, mesh.device, dtype, length, over_ranks):
             metrics.message(line)
         if self.step:

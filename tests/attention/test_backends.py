@@ -218,7 +218,7 @@ def test_tiles_through_a_package(like_a_gpu, install, inputs, difference):
     spans = (Span(0, 90, 30),), (Span(0, 60, 0),)
     found = tiles(*spans, causal=True, window=70, documents=None)
     out, lse = torch.zeros(q.shape), torch.full((1, 4, 90), -torch.inf)
-    attend_tiles(q, k, v, found, scale=0.25, out=out, lse=lse, window=70)
+    attend_tiles(q, k, v, found, scale=0.25, out=out, lse=lse)
     mask = Mask(window=70, q_positions=torch.arange(30, 120))
     exact, exact_lse = attention(q, k, v, mask, scale=0.25, backend="reference")
     assert difference(out, exact) < 1e-5

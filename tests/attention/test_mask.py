@@ -10,13 +10,12 @@ from hydra_dist.attention.band import Band
 from hydra_dist.attention.mask import Mask
 
 
-def paint(tiles, window, batch_size, q_length, k_length):
+def paint(tiles, batch_size, q_length, k_length):
     """int [B, Sq, Sk]: how many tiles compute each pair."""
     counts = torch.zeros(batch_size, q_length, k_length, dtype=torch.int)
     for tile in tiles:
         rows, columns = tile.q_stop - tile.q_start, tile.k_stop - tile.k_start
-        offset = 0 if tile.kind == "causal" else tile.q_position - tile.k_position
-        seen = Band(rows, columns, offset, window if tile.kind == "masked" else None).allowed("cpu")
+        seen = Band(rows, columns, tile.offset, tile.window).allowed("cpu")
         if tile.kind == "full":
             seen = torch.ones_like(seen)
         batch = slice(None) if tile.batch is None else tile.batch
@@ -25,7 +24,7 @@ def paint(tiles, window, batch_size, q_length, k_length):
 
 
 def agree(mask, batch_size, q_length, k_length):
-    counts = paint(mask.tiles(q_length, k_length), mask.window, batch_size, q_length, k_length)
+    counts = paint(mask.tiles(q_length, k_length), batch_size, q_length, k_length)
     return torch.equal(counts, mask.allowed(q_length, k_length).expand(batch_size, -1, -1).int())
 
 
@@ -89,7 +88,7 @@ def test_the_check_above_rejects_other_masks():
     right = Mask(window=2, document_starts=starts)
     assert agree(right, 1, 6, 6)
     for wrong in (Mask(window=3, document_starts=starts), Mask(window=2), Mask(document_starts=starts)):
-        counts = paint(wrong.tiles(6, 6), wrong.window, 1, 6, 6)
+        counts = paint(wrong.tiles(6, 6), 1, 6, 6)
         assert not torch.equal(counts, right.allowed(6, 6).int())
 
 

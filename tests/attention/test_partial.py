@@ -53,7 +53,7 @@ def in_pieces(tensors, mask, num_ranks, backend="auto", reverse=False, fresh=Fal
             found = tiles(spans(own), spans(visiting), causal=mask.causal, window=mask.window, documents=documents)
             local_k, local_v = rows(k, visiting), rows(v, visiting)
             hops.append((visiting, local_k, local_v, found))
-            options = {"scale": scale, "backend": backend, "window": mask.window}
+            options = {"scale": scale, "backend": backend}
             fresh_now = fresh and hop == 0
             sums = {"out": local_out, "lse": local_lse, "rule": rule}
             attend_tiles(local_q, local_k, local_v, found, fresh=fresh_now, **sums, **options)
@@ -180,7 +180,7 @@ def test_no_tiles_and_no_rows_change_nothing(inputs):
     out, lse = torch.zeros_like(q), torch.full((1, 4, 6), -torch.inf, dtype=q.dtype)
     attend_tiles(q, k, v, (), scale=1.0, out=out, lse=lse)
     attend_tiles(q, k[:, :0], v[:, :0], (), scale=1.0, out=out, lse=lse)
-    attend_tiles(q[:0], k[:0], v[:0], (Tile(None, 0, 6, 0, 6, "full", 0, 0),), scale=1.0, out=out[:0], lse=lse[:0])
+    attend_tiles(q[:0], k[:0], v[:0], (Tile(None, 0, 6, 0, 6, "full"),), scale=1.0, out=out[:0], lse=lse[:0])
     assert bool((lse == -torch.inf).all())
     assert not out.any()
 
@@ -196,7 +196,7 @@ def test_running_results_are_wide_and_on_the_device_of_q(inputs):
 
 def test_first_tiles_are_recognised():
     def tile(batch, start, stop):
-        return Tile(batch, start, stop, 0, 1, "full", 0, 0)
+        return Tile(batch, start, stop, 0, 1, "full")
 
     seen = _Seen()
     assert seen.is_first(tile(0, 0, 5))

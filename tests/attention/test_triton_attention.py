@@ -51,10 +51,10 @@ for window in (None, 30):
     results = []
     for backend in ("triton", "reference"):
         out, lse = torch.zeros(q.shape), torch.full((1, 2, LENGTH), -torch.inf)
-        attend_tiles(q, k, v, found, scale=0.3, out=out, lse=lse, backend=backend, window=window)
+        attend_tiles(q, k, v, found, scale=0.3, out=out, lse=lse, backend=backend)
         grads = [torch.zeros(x.shape) for x in (q, k, v)]
         sums = dict(zip(("grad_q", "grad_k", "grad_v"), grads))
-        options = {"scale": 0.3, "backend": backend, "window": window}
+        options = {"scale": 0.3, "backend": backend}
         attend_tiles_backward(grad_out, q, k, v, out, lse, found, **sums, **options)
         results.append((out, lse, *grads))
     report("-".join(sorted({tile.kind for tile in found})), *results)

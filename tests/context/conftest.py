@@ -7,6 +7,7 @@ import torch
 
 from hydra_dist.attention import Mask, attention
 from hydra_dist.context import ContextParallel, run_ranks
+from hydra_dist.context.ring import Ring
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +64,24 @@ def _whole(problem, backend="reference", dtype=None):
     return [out.detach(), *(x.grad for x in leaves)]
 
 
-def _over_ranks(problem, num_ranks, layout="zigzag", logit_bound=None):
-    """The same over emulated ranks, gathered on rank 0, and every rank's stats before gathering."""
+def _over_ranks(
+    problem, ranks, layout="zigzag", logit_bound=None, *, strategy="ring", inner_ring=None, rotates=None, dealing=None
+):
+    """The same over emulated ranks, gathered on rank 0, and every rank's stats before gathering.
+
+    Args:
+        ranks: P, or (ring, ulysses).
+        rotates: what goes around in a ring's backward pass; None: what the ring chooses.
+        dealing: of the ranks of the ring, in the place of the layout.
+    """
+    if strategy == "ulysses" and isinstance(ranks, int):
+        ranks = (1, ranks)
 
     def one_rank(mesh):
-        seq = ContextParallel(mesh, layout=layout).plan(problem.sequence_length, problem.document_starts())
+        context = ContextParallel(mesh, strategy, layout, inner_ring=inner_ring)
+        seq = context.plan(problem.sequence_length, problem.document_starts(), dealing=dealing)
+        if rotates is not None and isinstance(seq.strategy, Ring):
+            seq.strategy.backward_rotates = rotates
         *qkv, grad_out = (seq.shard(x, 1) for x in problem.inputs())
         leaves = [x.requires_grad_() for x in qkv]
         out = seq.attention(*leaves, causal=problem.causal, window=problem.window, logit_bound=logit_bound)
@@ -75,16 +89,19 @@ def _over_ranks(problem, num_ranks, layout="zigzag", logit_bound=None):
         stats = seq.stats()
         return [seq.unshard(x, 1).detach() for x in (out, *(x.grad for x in leaves))], stats
 
-    results = run_ranks(num_ranks, one_rank, timeout=20)
+    results = run_ranks(ranks, one_rank, timeout=60)
     return results[0][0], [stats for _, stats in results]
 
 
 def _errors(found, wanted):
-    """max |a - b| / max |b| of each tensor."""
-    return [
-        float((a.double() - b.double()).abs().max() / b.double().abs().max())
-        for a, b in zip(found, wanted, strict=True)
-    ]
+    """max |a - b| / max |b| of each tensor; infinite where one is not finite, so that max() does not overlook it."""
+
+    def error(a, b):
+        assert a.shape == b.shape
+        relative = (a.double() - b.double()).abs().max() / b.double().abs().max()
+        return float(relative) if torch.isfinite(relative) else float("inf")
+
+    return [error(a, b) for a, b in zip(found, wanted, strict=True)]
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hydra_dist.context import ContextParallel, SequencePlan, run_ranks
-from hydra_dist.costs.layout import halo_traffic
+from hydra_dist.costs.halo import halo_traffic
 
-CASES = list(itertools.product((1, 2, 3, 4, 8), ("zigzag", "contiguous"), ("one", "several", "by_row")))
+CASES = list(itertools.product((1, 2, 3, 4, 8), ("zigzag", "contiguous", "balanced"), ("one", "several", "by_row")))
 ROWS = (4, 1, 11)  # the last one is wider than most chunks
 
 
@@ -26,7 +26,7 @@ def plain(x, chunks, rows, starts):
     """[B, chunks, rows, C] by slicing a tensor that is padded with zeros in front."""
     padded = torch.cat([x.new_zeros(x.shape[0], rows, x.shape[2]), x], 1)
     halos = []
-    for start, _ in chunks:
+    for start in (chunk.start for chunk in chunks):
         halo = padded[:, start : start + rows]
         if starts is not None:
             positions = torch.arange(start - rows, start)
@@ -51,7 +51,7 @@ def compare(ranks, layout, kind, length=37):
         sum(
             (halo * w[:, first : first + halo.shape[1]]).sum() for halo, w in zip(halos, weights, strict=True)
         ).backward()
-        return [halo.detach() for halo in halos], [seq.unshard(x.grad, 1) for x in leaves], seq.geometry.chunks
+        return [halo.detach() for halo in halos], [seq.unshard(x.grad, 1) for x in leaves], seq.geometry.dealing
 
     results = run_ranks(ranks, one_rank, timeout=20)
     leaves = [x.clone().requires_grad_() for x in whole]
@@ -130,7 +130,7 @@ def test_dtypes_travel_together_and_a_tensor_without_gradient_gets_none():
         (halos[0].double().sum() + halos[1].sum()).backward()
         assert parts[2][0].grad is None
         assert parts[0][0].grad.dtype == torch.bfloat16
-        starts = [start for start, _ in seq.geometry.local_chunks]
+        starts = [chunk.start for chunk in seq.geometry.local_chunks]
         for halo, rows in zip(halos[:3], (3, 1, 5), strict=True):
             wanted = [[max(0, start - rows + i) for i in range(rows)] for start in starts]
             assert halo[0, :, :, 0].tolist() == wanted
@@ -148,7 +148,7 @@ def test_bytes_sent_equal_the_closed_form(layout, length):
         z = torch.zeros(3, seq.geometry.local_length, 10, dtype=torch.bfloat16, requires_grad=True)
         v = torch.zeros(3, seq.geometry.local_length, 6, requires_grad=True)
         sum(halo.sum() for halo in seq.halo([(z, 6), (v, 1)])).backward()
-        return seq.geometry.chunks, seq.stats()
+        return seq.geometry.dealing, seq.stats()
 
     results = run_ranks(4, one_rank)
     wanted = halo_traffic(results[0][0], [(6, 20), (1, 24)], batch_size=3)

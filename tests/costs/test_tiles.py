@@ -16,7 +16,7 @@ from hydra_dist.costs.tiles import Span, Tile, executed_pairs, needed_pairs, til
 def positions_of(spans):
     rows = np.full(max(span.row_stop for span in spans), -1)
     for span in spans:
-        rows[span.row_start : span.row_stop] = np.arange(span.position, span.stop)
+        rows[span.row_start : span.row_stop] = np.arange(span.position, span.stop, span.stride)
     return rows
 
 
@@ -33,24 +33,22 @@ def brute_force(q_spans, k_spans, causal, window, documents, batch_size):
     return allowed
 
 
-def count_covered(found, q_spans, k_spans, window, batch_size):
+def count_covered(found, q_spans, k_spans, batch_size):
     """How many tiles compute each pair, int [B, Sq, Sk]; checks each tile's own promises on the way."""
     q_positions, k_positions = positions_of(q_spans), positions_of(k_spans)
     counts = np.zeros((batch_size, len(q_positions), len(k_positions)), dtype=int)
     for tile in found:
         shape = (tile.q_stop - tile.q_start, tile.k_stop - tile.k_start)
-        distance = q_positions[tile.q_start : tile.q_stop, None] - k_positions[None, tile.k_start : tile.k_stop]
-        assert tile.q_position == q_positions[tile.q_start]
-        assert tile.k_position == k_positions[tile.k_start]
+        assert tile.kind == "masked" or (tile.offset, tile.window) == (0, None)
         if tile.kind == "full":
             seen = np.ones(shape, dtype=bool)
         elif tile.kind == "causal":
             assert shape[0] == shape[1]
             seen = np.tril(np.ones(shape, dtype=bool))
         else:
-            apart = tile.q_position - tile.k_position + np.arange(shape[0])[:, None] - np.arange(shape[1])
-            assert (apart == distance).all()
-            seen = (apart >= 0) & (apart < window)
+            apart = tile.offset + np.arange(shape[0])[:, None] - np.arange(shape[1])
+            assert tile.window is not None
+            seen = (apart >= 0) & (apart < tile.window)
             assert not seen.all()
         assert seen.any(axis=1).all(), f"a query of {tile} sees no key of it"
         rows = slice(None) if tile.batch is None else tile.batch
@@ -58,10 +56,10 @@ def count_covered(found, q_spans, k_spans, window, batch_size):
     return counts
 
 
-def covers(q_spans, k_spans, causal, window, documents, batch_size, found=None, tiles_window=None):
+def covers(q_spans, k_spans, causal, window, documents, batch_size, found=None):
     if found is None:
         found = tiles(q_spans, k_spans, causal=causal, window=window, documents=documents)
-    counts = count_covered(found, q_spans, k_spans, tiles_window or window, batch_size)
+    counts = count_covered(found, q_spans, k_spans, batch_size)
     allowed = brute_force(q_spans, k_spans, causal, window, documents, batch_size)
     return counts.shape == allowed.shape and (counts == allowed).all()
 
@@ -86,13 +84,23 @@ def some_pieces(draw, length):
 
 
 @st.composite
-def problems(draw, longest):
+def every_nth_row(draw, length, stride):
+    """The rows of a rank of a striped layout, or a run of some of them."""
+    held = range(draw(st.integers(0, min(stride, length) - 1)), length, stride)
+    first = draw(st.integers(0, len(held) - 1))
+    last = draw(st.integers(first, len(held) - 1))
+    return [Span(0, last - first + 1, held[first], stride)]
+
+
+@st.composite
+def problems(draw, longest, strided=False):
     length = draw(st.integers(1, longest))
     batch_size = draw(st.integers(1, 3))
     starts = st.sets(st.integers(1, length), max_size=6).map(lambda s: [0, *sorted(s)])
     documents = draw(st.none() | st.lists(starts, min_size=batch_size, max_size=batch_size))
     window = draw(st.none() | st.integers(1, length + 3))
-    return draw(some_pieces(length)), draw(some_pieces(length)), draw(st.booleans()), window, documents, batch_size
+    rows = every_nth_row(length, draw(st.integers(1, 7))) if strided else some_pieces(length)
+    return draw(rows), draw(rows), draw(st.booleans()), window, documents, batch_size
 
 
 @pytest.fixture(params=["as shipped", "tiny"])
@@ -115,6 +123,48 @@ def test_every_allowed_pair_exactly_once(block_sizes):
     check()
 
 
+def test_every_allowed_pair_exactly_once_of_rows_with_strides(block_sizes):
+    @settings(max_examples=300, deadline=None)
+    @given(problems(longest=80, strided=True))
+    def check(problem):
+        assert covers(*problem)
+
+    check()
+
+
+def striped(rank, num_ranks, length):
+    held = range(rank, length, num_ranks)
+    return [Span(0, len(held), rank, num_ranks)]
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 255, 900])
+def test_long_striped_rows_with_the_shipped_blocks(window):
+    for q_rank, k_rank in itertools.product((0, 2), repeat=2):
+        q, k = striped(q_rank, 3, 1600), striped(k_rank, 3, 1600)
+        assert covers(q, k, True, window, [[0, 100, 101, 1300]], 1)
+
+
+def test_spans_know_their_rows():
+    span = Span(4, 9, 3, 5)  # 3 8 13 18 23
+    assert span.stop == 24
+    assert [span.index(position) for position in (0, 3, 4, 8, 9, 23, 24, 99)] == [0, 0, 1, 1, 2, 4, 5, 5]
+
+
+def test_spans_of_different_strides_are_refused():
+    with pytest.raises(ValueError, match="the same stride"):
+        tiles([Span(0, 4, 0)], [Span(0, 4, 0, 2)], causal=True, window=None, documents=None)
+
+
+def test_the_check_above_rejects_striped_rows_read_as_contiguous():
+    q, k = striped(0, 3, 60), striped(1, 3, 60)
+    assert covers(q, k, True, None, None, 1)
+    one_run = [Span(0, 20, 0)], [Span(0, 20, 20)]
+    assert not covers(q, k, True, None, None, 1, found=tiles(*one_run, causal=True, window=None, documents=None))
+    # A query at 3 i sees the key at 1 + 3 j only if j < i: the shift of one that the lower rank has.
+    same_start = [Span(0, 20, 0, 3)], [Span(0, 20, 0, 3)]
+    assert not covers(q, k, True, None, None, 1, found=tiles(*same_start, causal=True, window=None, documents=None))
+
+
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 255, 300, 900, 1200, 1600])
 def test_long_windows_with_the_shipped_blocks(window):
     spans = spans_of([(0, 700), (900, 1500)])
@@ -130,8 +180,8 @@ def test_the_checks_above_reject_wrong_tiles():
     def wrong(**change):
         return tiles(spans, spans, **{"causal": True, "window": 5, "documents": [[0, 10]], **change})
 
-    assert not covers(*problem, found=wrong(window=6), tiles_window=6)
-    assert not covers(*problem, found=wrong(window=4), tiles_window=4)
+    assert not covers(*problem, found=wrong(window=6))
+    assert not covers(*problem, found=wrong(window=4))
     assert not covers(*problem, found=wrong(documents=None))
     assert not covers(*problem, found=wrong(documents=[[0, 11]]))
     assert not covers(*problem, found=wrong() + wrong()[:1])
@@ -156,7 +206,7 @@ def test_keys_before_and_after_the_queries():
     early, late = spans_of([(0, 10)]), spans_of([(10, 20)])
     assert [tile.kind for tile in tiles(late, early, causal=True, window=None, documents=None)] == ["full"]
     assert tiles(early, late, causal=True, window=None, documents=None) == ()
-    assert tiles(early, late, causal=False, window=None, documents=None) == (Tile(None, 0, 10, 0, 10, "full", 0, 10),)
+    assert tiles(early, late, causal=False, window=None, documents=None) == (Tile(None, 0, 10, 0, 10, "full"),)
     assert tiles(late, early, causal=True, window=1, documents=None) == ()
     assert tiles(late, early, causal=True, window=None, documents=[[0, 10]]) == ()
     assert tiles([], early, causal=True, window=None, documents=None) == ()
@@ -180,7 +230,7 @@ def test_pairs_are_counted(block_sizes):
         q_spans, k_spans, causal, window, documents, batch_size = problem
         found = tiles(q_spans, k_spans, causal=causal, window=window, documents=documents)
         needed = int(brute_force(*problem).sum())
-        assert needed_pairs(found, window, batch_size) == needed
+        assert needed_pairs(found, batch_size) == needed
         assert executed_pairs(found, batch_size) >= needed
 
     check()

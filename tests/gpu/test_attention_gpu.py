@@ -216,7 +216,7 @@ def test_keys_in_four_parts_lose_no_more_than_at_once(dtype, fresh, window):
         parts.append((slice(start, start + 50), found))
     names = [b for b, reason in reasons(tensors, Mask(window=window)).items() if reason is None and b != "cudnn"]
     for name in (*names, "auto"):
-        options = {"scale": 128**-0.5, "window": window, "backend": name}
+        options = {"scale": 128**-0.5, "backend": name}
         out, lse = torch.zeros(q.shape, device="cuda"), torch.full((2, 8, LENGTH), -torch.inf, device="cuda")
         for keys, found in parts:
             first = fresh and keys.start == 0

@@ -1,10 +1,13 @@
 """The whole model over emulated ranks: loss and every parameter's gradient, summed over ranks, as on one device."""
 
+import threading
+
 import pytest
 import torch
 
 from hydra_dist.context import ContextParallel, run_ranks
-from hydra_dist.model import Transformer, initialize
+from hydra_dist.context.halo import HaloExchange
+from hydra_dist.model import Transformer, initialize, prologue_plain
 
 LENGTH = 45  # over 4 ranks and 8 pieces: chunks of 5 and 6 rows
 STARTS = torch.tensor([[0] * 7 + [7] + [8] * 14 + [22] * 23, [0] * 40 + [40] * 5])
@@ -87,6 +90,8 @@ class Changed:
 
 
 class WithoutHalo(Changed):
+    halo_handle = None
+
     def halo(self, parts):
         return [torch.zeros_like(rows) for rows in self.plan.halo(parts)]
 
@@ -103,6 +108,53 @@ class WithoutHalo(Changed):
 def test_the_comparison_rejects_wrong_plans(wrong, model_config, relative_error):
     config = model_config()
     assert largest_error(config, 2, "zigzag", STARTS, relative_error, plan_of=wrong) > 1e-4
+
+
+def test_the_comparison_rejects_halos_that_do_not_arrive(model_config, relative_error, monkeypatch):
+    gather, scatter = HaloExchange.begin_gather, HaloExchange.begin_scatter
+
+    def late(self, tensors, num_chunks):
+        finish = gather(self, tensors, num_chunks)
+        return lambda: [torch.zeros_like(rows) for rows in finish()]
+
+    def lost(self, grads):
+        finish = scatter(self, grads)
+        return lambda: [(rows, torch.zeros_like(sums)) for rows, sums in finish()]
+
+    for name, wrong in (("begin_gather", late), ("begin_scatter", lost)):
+        with monkeypatch.context() as patch:
+            patch.setattr(HaloExchange, name, wrong)
+            assert largest_error(model_config(), 2, "zigzag", STARTS, relative_error) > 1e-4
+
+
+def test_halos_travel_while_rows_are_computed(model_config, monkeypatch):
+    """A layer's halo is sent before its prologue computes and waited for before the first rows are, forward; backward,
+    the first rows come first, then their gradients travel while everything else is computed."""
+    events = {}
+
+    def note(event):
+        events.setdefault(threading.get_ident(), []).append(event)
+
+    def noted(begin):
+        def begun(*args):
+            note("send")
+            finish = begin(*args)
+            return lambda: (note("wait"), finish())[1]
+
+        return begun
+
+    for name in ("begin_gather", "begin_scatter"):
+        monkeypatch.setattr(HaloExchange, name, noted(getattr(HaloExchange, name)))
+    for name in ("forward", "backward"):
+        compute = getattr(prologue_plain, name)
+        monkeypatch.setattr(prologue_plain, name, lambda *args, c=compute: (note(f"{args[-5][0]} rows"), c(*args))[1])
+    config = model_config(num_layers=1, conv_kernel_sizes=(2, 2))
+    run_ranks(2, lambda mesh: step(config, mesh, "contiguous", None), timeout=60)
+    assert len(events) == 2
+    for rank in events.values():
+        rows = rank[1]
+        assert rank == ["send", rows, "wait", "2 rows", "2 rows", "send", rows, "wait"]
+        assert rows in ("22 rows", "23 rows")
 
 
 def test_ranks_lose_no_more_in_fp32_than_one_device(model_config, relative_error):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from hydra_dist.context import ContextParallel, run_ranks
 from hydra_dist.errors import ConfigError
-from hydra_dist.model import GQA, Transformer, initialize
+from hydra_dist.model import GQA, Transformer, initialize, tiled_mlp
 
 
 def build(config, seed=0, **options):
@@ -103,6 +104,54 @@ def test_the_check_above_sees_a_second_ring(model_config, monkeypatch):
         test_checkpointing_does_not_run_attention_again(model_config, monkeypatch)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+def test_an_mlp_in_tiles_changes_no_number(checkpointing, compiled, model_config, relative_error):
+    config, (tokens, targets) = model_config(), batch()
+    loss, expected = gradients(build(config).double(), tokens, targets)
+    tiled = build(config, mlp_tile_size=7, activation_checkpointing=checkpointing).double()
+    if compiled:
+        torch.compiler.reset()
+        tiled.compile_layers(backend="aot_eager")
+    tiled_loss, found = gradients(tiled, tokens, targets)
+    assert relative_error(tiled_loss, loss) < 1e-12
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert relative_error(found[name], grad) < 1e-12, name
+
+
+def tiles_computed(model, monkeypatch):
+    """How often a tile's gate and up are computed in a step."""
+    count = 0
+    compute = tiled_mlp.gated
+
+    def counted(gate_up):
+        nonlocal count
+        count += 1
+        return compute(gate_up)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiled_mlp, "gated", counted)
+        gradients(model, *batch())
+    return count
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+def test_every_tile_is_computed_once_forward_and_once_backward(checkpointing, compiled, model_config, monkeypatch):
+    model = build(model_config(num_layers=3), activation_checkpointing=checkpointing, mlp_tile_size=10)
+    if compiled:
+        torch.compiler.reset()
+        model.compile_layers(backend="aot_eager")
+    assert tiles_computed(model, monkeypatch) == 2 * 3 * 4, "38 rows are 4 tiles"
+
+
+def test_the_check_above_sees_tiles_that_are_computed_for_nobody(model_config, monkeypatch):
+    model = build(model_config(num_layers=3), activation_checkpointing="layer", mlp_tile_size=10)
+    with set_checkpoint_early_stop(False):
+        assert tiles_computed(model, monkeypatch) == 3 * 3 * 4
+
+
 def ring_traffic(stats):
     """All that was sent but the halo, a few rows a layer, which is asked for again when a layer is computed again."""
     return {
@@ -171,12 +220,13 @@ class Partitioned:
             parameter.data = parameter.data.new_empty(0)
 
 
+@pytest.mark.parametrize("tile_size", [None, 7])
 @pytest.mark.parametrize("changes", [{}, {"attention": "gqa"}, {"tie_embeddings": False}])
-def test_parameters_are_read_only_while_their_module_runs(changes, model_config):
+def test_parameters_are_read_only_while_their_module_runs(changes, tile_size, model_config):
     config = model_config(**changes)
     tokens, targets = batch()
-    expected = build(config)(tokens, targets=targets)
-    model = build(config)
+    expected = build(config, mlp_tile_size=tile_size)(tokens, targets=targets)
+    model = build(config, mlp_tile_size=tile_size)
     Partitioned(model)
     assert {p.numel() for p in model.parameters()} == {0}
     with torch.no_grad():
@@ -189,6 +239,12 @@ def test_the_check_above_rejects_a_weight_read_from_outside(model_config):
     model.head.forward = lambda x, targets=None, reduction="sum": nn.functional.linear(x, model.norm.weight)
     with torch.no_grad(), pytest.raises(RuntimeError):
         model(batch()[0])
+    tiled = build(model_config(), mlp_tile_size=7)
+    Partitioned(tiled)
+    mlp = tiled.layers[0].mlp
+    mlp.forward = lambda x: tiled_mlp.tiled_mlp(x, mlp.gate_up.weight, mlp.down.weight, 7)
+    with torch.no_grad(), pytest.raises(ValueError, match="expected"):
+        tiled(batch()[0])
 
 
 def test_tied_and_untied_heads(model_config):

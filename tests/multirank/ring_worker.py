@@ -30,7 +30,7 @@ def everything(mesh):
         for name, settings in ATTENTIONS.items():
             for dtype in (torch.float32, torch.bfloat16):
                 results.update(_one_case(context, f"{layout} {name} {dtype}", dtype, **settings))
-    results.update(_collectives(context.ring))
+    results.update(_collectives(context.wires.ring))
     return results
 
 
@@ -79,7 +79,7 @@ def _collectives(transport):
 
 def _silent_peer(mesh):
     """What a rank says that waits for one which sends nothing: rank 0 waits, the others wait for rank 0 to finish."""
-    transport = ContextParallel(mesh, timeout=1.0).ring
+    transport = ContextParallel(mesh, timeout=1.0).wires.ring
     message = ""
     if transport.rank == 0:
         try:
