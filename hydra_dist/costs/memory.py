@@ -33,7 +33,7 @@ class LayerBytes:
     attention: int
     """q, k, v, out and lse."""
     mlp: int
-    """Gate, up and their product."""
+    """Gate, up and their product; nothing where the MLP runs in tiles."""
     checkpoint: int
     """All that is kept under ``activation_checkpointing: layer``: the layer's input and its attention result."""
 
@@ -52,12 +52,26 @@ class ActivationBytes:
     """Once a model: token ids, documents, rotation tables, final norm, and the loss's gradient, which forward
     computes."""
 
-    def total(self, activation_checkpointing: str) -> int:
-        """After forward, over all layers. Under ``layer``, ``again`` comes on top during backward."""
+    def total(self, activation_checkpointing: str, activation_offload: bool = False) -> int:
+        """After forward, over all layers. Under ``layer``, ``again`` comes on top during backward.
+
+        With ``activation_offload``, the most that is on the device at a time: two neighbouring layers.
+        """
         if activation_checkpointing not in ("none", "layer"):
             raise ValueError(f"activation_checkpointing {activation_checkpointing}")
-        checkpoints = activation_checkpointing == "layer"
-        return sum(layer.checkpoint if checkpoints else layer.total for layer in self.layers) + self.ends
+        if activation_checkpointing == "none":
+            if activation_offload:
+                raise ValueError("activation_offload without activation_checkpointing layer")
+            return sum(layer.total for layer in self.layers) + self.ends
+        kept = [layer.checkpoint for layer in self.layers]
+        if activation_offload:
+            return max(sum(kept[index : index + 2]) for index in range(len(kept))) + self.ends
+        return sum(kept) + self.ends
+
+    @property
+    def on_host(self) -> int:
+        """Under ``activation_offload``, in this rank's pinned host buffers, before each is rounded up to 2^n bytes."""
+        return sum(layer.checkpoint for layer in self.layers[:-1])
 
     @property
     def again(self) -> int:
@@ -65,23 +79,26 @@ class ActivationBytes:
         return max(layer.total - layer.checkpoint for layer in self.layers)
 
 
-def activation_bytes(model: ModelConfig, precision: Precision, packed_documents: bool = False) -> ActivationBytes:
+def activation_bytes(
+    model: ModelConfig, precision: Precision, packed_documents: bool = False, mlp_tiles: bool = False
+) -> ActivationBytes:
     """What ``Transformer(model)`` keeps in training.
 
     Args:
         precision: as in ``train.precision``.
         packed_documents: the sequence has document starts, of which CCGQA layers share one number a row.
+        mlp_tiles: ``train.mlp_tile_size`` is set.
     """
     residual, compute = ELEMENT_BYTES[precision]
     width, layers = model.hidden_size, model.layers
     ages = AGE if packed_documents and any(layer.attention == "ccgqa" for layer in layers) else 0
     return ActivationBytes(
-        layers=tuple(_layer_bytes(layer, residual, compute) for layer in layers),
+        layers=tuple(_layer_bytes(layer, residual, compute, mlp_tiles) for layer in layers),
         ends=TOKEN + ages + WIDE * model.rope_dim + width * residual + WIDE + width * compute,
     )
 
 
-def _layer_bytes(layer: ModelConfig, residual: int, compute: int) -> LayerBytes:
+def _layer_bytes(layer: ModelConfig, residual: int, compute: int, mlp_tiles: bool) -> LayerBytes:
     width, query, key = layer.hidden_size, layer.query_size, layer.key_size
     out_and_lse = compute * query + WIDE * layer.num_query_heads
     norms = 2 * (width * (residual + compute) + WIDE)
@@ -91,7 +108,7 @@ def _layer_bytes(layer: ModelConfig, residual: int, compute: int) -> LayerBytes:
         norms=norms,
         queries_and_keys=_before_attention(layer, compute),
         attention=compute * (query + 2 * key) + out_and_lse,
-        mlp=3 * compute * layer.mlp_size,
+        mlp=0 if mlp_tiles else 3 * compute * layer.mlp_size,
         checkpoint=width * residual + out_and_lse,
     )
 
@@ -109,12 +126,31 @@ def _before_attention(layer: ModelConfig, compute: int) -> int:
     return total
 
 
-def cast_weight_bytes(model: ModelConfig, precision: Precision) -> int:
-    """Copies of the linear layers' matrices in the compute dtype that autocast keeps for backward; on every rank."""
+def mlp_tile_bytes(model: ModelConfig, precision: Precision, tile_size: int) -> int:
+    """What a layer's MLP in tiles needs while its backward runs, beside the gradient of its input.
+
+    The sums of the weights' gradients in fp32; under autocast the cast weights; and a tile's gate and up twice over
+    (themselves and their gradients), their product's gradient and two temporaries, or, where that is more, the
+    gradients of gate and up and one product that is added to the sums.
+    """
+    residual, compute = ELEMENT_BYTES[precision]
+    matrix = model.hidden_size * model.mlp_size
+    sums = 3 * WIDE * matrix
+    product = 0 if compute == WIDE else 2 * WIDE * matrix
+    casts = 0 if compute == residual else 3 * compute * matrix
+    tile = compute * tile_size * model.mlp_size
+    return sums + casts + max(7 * tile, 2 * tile + product)
+
+
+def cast_weight_bytes(model: ModelConfig, precision: Precision, mlp_tiles: bool = False) -> int:
+    """Copies of the linear layers' matrices in the compute dtype that autocast keeps for backward; on every rank.
+
+    ``mlp_tiles``: ``train.mlp_tile_size`` is set; a tiled MLP casts its weights anew.
+    """
     if precision != "bf16_autocast":
         return 0
     count = count_parameters(model)
-    return ELEMENT_BYTES[precision][1] * (count.projections + count.mlp)
+    return ELEMENT_BYTES[precision][1] * (count.projections + (0 if mlp_tiles else count.mlp))
 
 
 def head_gradient_bytes(model: ModelConfig) -> int:

@@ -1,48 +1,42 @@
-"""The gated feed-forward network, SwiGLU: down(silu(gate(x)) * up(x)).
+"""The gated feed-forward network, SwiGLU: down(silu(gate(x)) * up(x)), over all rows at once or tile by tile.
 
 Source: Shazeer 2020 (arXiv 2002.05202), equation 6.
 """
 
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
+
+from hydra_dist.model.swiglu import swiglu
+from hydra_dist.model.tiled_mlp import tiled_mlp
 
 
 class MLP(nn.Module):
-    """SwiGLU whose gate and up projections are one matrix product, gate rows first; no biases."""
+    """SwiGLU whose gate and up projections are one matrix product, gate rows first; no biases.
 
-    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+    Args:
+        tile_size: rows, of batch x sequence, whose gate, up and product exist at once, forward and backward; backward
+            computes gate and up again. None: all rows, whose gate, up and product are kept for backward.
+    """
+
+    def __init__(self, hidden_size: int, mlp_size: int, tile_size: int | None = None) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * mlp_size, bias=False)
-        self.down = nn.Linear(mlp_size, hidden_size, bias=False)
+        self.tile_size = tile_size
+        linear = nn.Linear if tile_size is None else _LendingLinear
+        self.gate_up = linear(hidden_size, 2 * mlp_size, bias=False)
+        self.down = linear(mlp_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] -> [..., E]"""
-        return self.down(swiglu(self.gate_up(x)))
+        tile_size = self.tile_size
+        if tile_size is None:
+            return self.down(swiglu(self.gate_up(x)))
+        # ZeRO-3 has a weight whole while its own module runs, forward and backward, so the operator runs inside both.
+        return self.gate_up(x, lambda x, gate_up: self.down(x, lambda x, down: tiled_mlp(x, gate_up, down, tile_size)))
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [..., 2F] = gate | up; keeps only its input for backward, not silu(gate) as well."""
-    return _SwiGLU.apply(gate_up)
+class _LendingLinear(nn.Linear):
+    """A linear layer whose weight another computation reads, which runs inside this module's forward."""
 
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grads = torch.empty_like(gate_up)
-        grad_gate, grad_up = grads.chunk(2, dim=-1)
-        grad_up.copy_(functional.silu(gate).mul_(grad))
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return grads
+    def forward(self, x: Tensor, borrower: Callable[[Tensor, Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        return borrower(x, self.weight)

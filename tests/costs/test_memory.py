@@ -8,8 +8,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from hydra_dist.config import ModelConfig
 from hydra_dist.context import ContextParallel
-from hydra_dist.costs.memory import activation_bytes, cast_weight_bytes, head_gradient_bytes, logits_bytes
+from hydra_dist.costs.memory import (
+    activation_bytes,
+    cast_weight_bytes,
+    head_gradient_bytes,
+    logits_bytes,
+    mlp_tile_bytes,
+)
 from hydra_dist.model import Transformer, initialize
+from hydra_dist.model.mlp import MLP
 
 BASE = {"vocab_size": 64, "num_layers": 2, "hidden_size": 96, "head_dim": 16, "num_query_heads": 4, "num_key_heads": 2}
 SWITCHES = ("use_convs", "use_qk_mean", "use_qk_norm", "use_value_shift", "rope")
@@ -108,19 +115,24 @@ def test_the_comparison_rejects_other_models_and_precisions():
         assert activation_bytes(wider, "fp32").total("none") != pytest.approx(measured, rel=0.01)
 
 
-def alive(model, precision, length):
-    """Bytes that forward leaves allocated, by the allocator's own records."""
+def allocations(function):
+    """Bytes that each allocation takes and each release (negative) gives back, in order, by the allocator's records."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        loss = loss_of(model, precision, length)
-    records = profiled.profiler.kineto_results.experimental_event_tree()
-    del loss
-    total, stack = 0, list(records)
+        result = function()
+    stack = list(profiled.profiler.kineto_results.experimental_event_tree())
+    del result
+    found = []
     while stack:
         event = stack.pop()
         stack += event.children
         if event.tag == torch._C._profiler._EventType.Allocation:
-            total += event.extra_fields.alloc_size
-    return total
+            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return [size for _, size in sorted(found)]
+
+
+def alive(model, precision, length):
+    """Bytes that forward leaves allocated."""
+    return sum(allocations(lambda: loss_of(model, precision, length)))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -135,6 +147,77 @@ def test_against_allocated_memory(changes, checkpointing, precision):
     assert predicted == pytest.approx(measured, rel=0.03)
     other = activation_bytes(config, precision).total("none" if checkpointing == "layer" else "layer")
     assert other != pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+def test_mlps_in_tiles(checkpointing, precision):
+    config = ModelConfig.model_validate({**BASE, **MIXED})
+    model = build(config, precision, activation_checkpointing=checkpointing, mlp_tile_size=64)
+    alive(model, precision, 64)
+    measured = slope(alive, model, precision, lengths=(256, 1024))
+    assert activation_bytes(config, precision, mlp_tiles=True).total(checkpointing) == pytest.approx(measured, rel=0.03)
+    if checkpointing == "none":
+        assert activation_bytes(config, precision).total(checkpointing) != pytest.approx(measured, rel=0.2)
+        fixed = saved(model, precision, 64) - 64 * slope(saved, model, precision)
+        expected = head_gradient_bytes(config) + cast_weight_bytes(config, precision, mlp_tiles=True)
+        assert fixed == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("mode", PRECISIONS)
+@pytest.mark.parametrize("tile_size", [256, 512])
+def test_what_a_tiled_mlp_needs_in_backward(tile_size, mode):
+    config, rows = ModelConfig.model_validate(BASE), 2048
+    dtype = torch.float32 if mode == "fp32" else torch.bfloat16
+    peaks = []
+    for size in (tile_size, None):
+        layer = MLP(config.hidden_size, config.mlp_size, size).to(torch.bfloat16 if mode == "bf16" else torch.float32)
+        x = torch.randn(rows, config.hidden_size, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "bf16_autocast"):
+            out = layer(x)
+        weights = torch.ones_like(out)
+        sizes = allocations(lambda: out.backward(weights))  # noqa: B023
+        peaks.append(max(itertools.accumulate(sizes)) - x.nbytes)
+    assert mlp_tile_bytes(config, mode, tile_size) == pytest.approx(peaks[0], rel=0.05)
+    assert mlp_tile_bytes(config, mode, tile_size) != pytest.approx(peaks[1], rel=0.3)
+
+
+class CountingHost:
+    """Host memory that is the device's, and how much of it."""
+
+    def __init__(self):
+        self.num_bytes = 0
+
+    def allocate(self, num_bytes):
+        self.num_bytes += num_bytes
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def send(self, source, buffer):
+        pass
+
+    def wait(self, mark):
+        pass
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_offload_holds_on_the_host(precision):
+    config = ModelConfig.model_validate({**BASE, **MIXED})
+
+    def held(length):
+        host = CountingHost()
+        model = build(config, precision, activation_checkpointing="layer", offload_to=host)
+        model.offload.smallest = 1
+        loss_of(model, precision, length)
+        return host.num_bytes
+
+    measured = slope(held)
+    numbers = activation_bytes(config, precision)
+    assert numbers.on_host == pytest.approx(measured, rel=0.01)
+    assert numbers.total("layer") - numbers.ends != pytest.approx(measured, rel=0.1), "the last layer stays"
+    kept = [layer.checkpoint for layer in numbers.layers]
+    assert numbers.total("layer", activation_offload=True) == max(kept[0] + kept[1], kept[1] + kept[2]) + numbers.ends
+    with pytest.raises(ValueError, match="without activation_checkpointing"):
+        numbers.total("none", activation_offload=True)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16_autocast"])
