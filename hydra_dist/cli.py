@@ -30,10 +30,10 @@ def check(
     """Find every mistake that can be known before a process is started."""
     from hydra_dist.config.file import load_config
     from hydra_dist.train.mesh import choose_device
-    from hydra_dist.train.preflight import preflight
+    from hydra_dist.train.preflight import check_device, preflight
 
     loaded = load_config(config, overrides or [])
-    choose_device(loaded.train.device)
+    check_device(loaded, choose_device(loaded.train.device, share_gpu=loaded.train.share_gpu))
     prepared = preflight(loaded, config, processes, verify_data=True)
     done = f"goes on after step {prepared.resume_step}" if prepared.resume_from else "starts new"
     print(

@@ -12,6 +12,7 @@ GROUND = {"config", "errors", "costs"}
 BELOW = {
     "cli": {"export", "train", "data"},
     "export": {"train", "model", "data"},
+    "drop_in": {"model", "context"},
     "train": {"model", "context", "data", "attention"},
     "model": {"context", "attention", "kernels"},
     "context": {"attention"},

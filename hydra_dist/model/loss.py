@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hydra_dist.model.norm import matmul_dtype
+from hydra_dist.model.products import add_product, matmul_dtype
 
 NO_TARGET = -100
 """Target of a token that has no loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -71,7 +71,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if grad_x is not None:
                     grad_x[start : start + chunk_size] = grad @ head
                 if grad_weight is not None:
-                    _add_product(grad_weight, grad.t(), part)
+                    add_product(grad_weight, grad.t(), part)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.shape, ctx.weight_dtype = x.shape, weight.dtype
         return total.to(wide)
@@ -112,16 +112,6 @@ def _minus_target(softmax: Tensor, targets: Tensor) -> Tensor:
     index = targets.masked_fill(absent, 0).unsqueeze(-1)
     softmax.scatter_add_(-1, index, torch.full_like(index, -1, dtype=softmax.dtype))
     return softmax.masked_fill_(absent.unsqueeze(-1), 0.0)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; ``total`` may be wider than the factors."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        total += torch.mm(left, right, out_dtype=total.dtype)
-    else:
-        total += left @ right
 
 
 def _check(x: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> None:

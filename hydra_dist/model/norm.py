@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hydra_dist.model.products import matmul_dtype
+
 
 def rms_normalize(x: Tensor, scale: Tensor | None, eps: float, out_dtype: torch.dtype | None = None) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * scale`` over the last dimension.
@@ -53,13 +55,6 @@ class _RMSNormalize(torch.autograd.Function):
             along = (scaled * y).mean(-1, keepdim=True)
             grad_x = torch.addcmul(scaled, y, along, value=-1).mul_(inverse).to(x.dtype)
         return grad_x, grad_scale, None, None
-
-
-def matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product of ``x`` runs here: autocast's where it is on (fp64 stays), else x's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 class RMSNorm(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hydra_dist.model.norm import matmul_dtype
+from hydra_dist.model.products import add_product, matmul_dtype
 from hydra_dist.model.swiglu import gated, gated_gradient
 
 
@@ -57,16 +57,6 @@ def _tiles(num_rows: int, tile_size: int) -> Iterator[slice]:
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; ``total`` may be wider than the factors."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        total += torch.mm(left, right, out_dtype=total.dtype)
-    else:
-        total += left @ right
 
 
 @torch.library.custom_op("hydra_dist::mlp_inputs", mutates_args=())
@@ -121,11 +111,11 @@ def _gradients(
             part, grad_part = rows[tile].to(dtype), grad_rows[tile].to(dtype)
             both = functional.linear(part, gate_up_)
             if grad_down is not None:
-                _add_product(grad_down, grad_part.t(), gated(both))
+                add_product(grad_down, grad_part.t(), gated(both))
             grad_both = gated_gradient(grad_part @ down_, both)
             del both
             if grad_gate_up is not None:
-                _add_product(grad_gate_up, grad_both.t(), part)
+                add_product(grad_gate_up, grad_both.t(), part)
             if grad_x is not None:
                 grad_x[tile] = grad_both @ gate_up_
             del grad_both  # before the next tile's

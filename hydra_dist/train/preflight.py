@@ -8,6 +8,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from hydra_dist.config import Config, ModelConfig
 from hydra_dist.config.file import check_world_size
 from hydra_dist.costs.parameters import count_parameters
@@ -67,6 +69,15 @@ def preflight(config: Config, source: str, world_size: int, *, verify_data: bool
             checkpoint.verify(newest)
     _check_space(config, model, run, source)
     return Prepared(model, rows, held_out, data_size, newest, step)
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """ConfigError for what the device that ``train.device: auto`` came to has no use for."""
+    if config.train.activation_offload and device.type == "cpu":
+        raise ConfigError(
+            "train.activation_offload true: this machine has no GPU that torch can use, and the memory of a CPU run is "
+            "the host's already; train.activation_offload=false works"
+        )
 
 
 def _open_data(config: Config, verify: bool) -> tuple[Sampler, Sampler | None]:
