@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hydra_dist.attention import attend_tiles, attend_tiles_backward, merge_rule
 from hydra_dist.context.transport import Direction, Finished, Transport, Work
+from hydra_dist.context.travelling import wide
 from hydra_dist.costs.gather import Share, heads_of_slices, shares
 from hydra_dist.costs.layout import Dealing
 from hydra_dist.costs.needs import MaskRule
@@ -125,11 +126,11 @@ class AllGather:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of q, k and v in their dtypes; sums over ranks are in fp32 or wider."""
         found = self.gathering_of(causal, window)
-        grad_q = q.new_zeros(q.shape, dtype=_wide(q))
-        grad_k, grad_v = k.new_zeros(k.shape, dtype=_wide(k)), v.new_zeros(v.shape, dtype=_wide(v))
+        grad_q = q.new_zeros(q.shape, dtype=wide(q))
+        grad_k, grad_v = k.new_zeros(k.shape, dtype=wide(k)), v.new_zeros(v.shape, dtype=wide(v))
         home = _Home(self.transport, found)
         for queries, heads, keys, values in self._slices(q, k, v, found, "backward"):
-            sums = k.new_zeros((found.num_rows, 2, *keys.shape[::2], k.shape[3]), dtype=_wide(k))
+            sums = k.new_zeros((found.num_rows, 2, *keys.shape[::2], k.shape[3]), dtype=wide(k))
             attend_tiles_backward(
                 grad_out[:, :, queries],
                 q[:, :, queries],
@@ -218,7 +219,3 @@ class _Home:
             for total, added in zip(self._sums, part.unbind(1), strict=True):
                 total.narrow(1, share.row, len(share.positions)).add_(added.transpose(0, 1))
         self._came, self._sums, self._work = [], None, Finished()
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -16,18 +16,17 @@ Brandon et al. 2023 (arXiv 2311.09431) and later causal rings; moving queries in
 in Sun et al. 2024, "BurstAttention" (arXiv 2403.09347).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from hydra_dist.attention import attend_tiles, attend_tiles_backward, merge_rule
+from hydra_dist.attention import attend_tiles, merge_rule
 from hydra_dist.context.geometry import RingSchedule
-from hydra_dist.context.rotation import Followers, Visitors, add_to_rows, rows_of
+from hydra_dist.context.rotation import Followers, Visitors
 from hydra_dist.context.transport import Transport
+from hydra_dist.context.travelling import Keys, KeysAround, Local, QueriesAround
 from hydra_dist.costs.needs import Side
 from hydra_dist.costs.rotation import Heads, cheaper_backward
-from hydra_dist.costs.tiles import Tile
 
 ScheduleOf = Callable[[bool, int | None, Side], RingSchedule]
 """(causal, window, what goes around) -> the schedule of this rank."""
@@ -71,12 +70,13 @@ class Ring:
         schedule = self.schedule_of(causal, window, "keys")
         rule = merge_rule(logit_bound)
         out, lse = rule.start(q)
-        visits = Visitors(self.transport, schedule, _shapes_of_keys(k), "forward", "keys")
-        for hop, visitor in visits(self._leaving(schedule, k, v)):
+        keys = Keys(k, v)
+        visits = Visitors(self.transport, schedule, keys.shapes, "forward", "keys")
+        for hop, visitor in visits(keys.leaving(schedule.journeys[self.transport.rank].rows)):
             if hop == 0 or visitor is not None:
-                keys, values = (k, v) if visitor is None else visitor[0]
+                k_here, v_here = (k, v) if visitor is None else visitor[0]
                 tiles = schedule.tiles[hop]
-                attend_tiles(q, keys, values, tiles, scale=scale, out=out, lse=lse, fresh=hop == 0, rule=rule)
+                attend_tiles(q, k_here, v_here, tiles, scale=scale, out=out, lse=lse, fresh=hop == 0, rule=rule)
         return rule.finish(out, lse, q.dtype)
 
     def backward(
@@ -101,93 +101,22 @@ class Ring:
         heads = Heads(q.shape[2], k.shape[2], q.shape[3])
         side = self.backward_rotates or cheaper_backward(heads, q.element_size())
         schedule = self.schedule_of(causal, window, side)
-        grad_q = q.new_zeros(q.shape, dtype=_wide(q))
-        grad_k, grad_v = (x.new_zeros(x.shape, dtype=_wide(x)) for x in (k, v))
-        queries, keys, grad_keys = (grad_out, q, out, lse), (k, v), (grad_k, grad_v)
-
-        def add(
-            queries: Sequence[Tensor],
-            keys: Sequence[Tensor],
-            tiles: Sequence[Tile],
-            grad_q: Tensor,
-            grad_keys: Iterable[Tensor],
-        ) -> None:
-            grad_out, q, out, lse = queries
-            k, v = keys
-            grad_k, grad_v = grad_keys
-            attend_tiles_backward(
-                grad_out, q, k, v, out, lse, tiles, scale=scale, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v
-            )
-
-        travels = schedule.journeys[self.transport.rank].rows
-
-        def keys_home(came: Tensor) -> None:
-            for total, part in zip(grad_keys, came, strict=True):
-                add_to_rows(total, travels, part, 1)
-
-        def queries_home(came: Tensor) -> None:
-            add_to_rows(grad_q, travels, came, 1)
-
-        if side == "keys":
-            leaving = self._leaving(schedule, k, v)
-            shapes, sums = _shapes_of_keys(k), _shapes_of_keys(grad_k)
-            visits = Visitors(self.transport, schedule, shapes, "backward", "keys")
-            gone = Followers(self.transport, schedule, sums, "key gradients", keys_home)
-        else:
-            leaving = self._queries_leaving(schedule, grad_out, q, out, lse)
-            visits = Visitors(self.transport, schedule, _shapes_of_queries(q, lse), "backward", "queries")
-            sums = _shapes_of_gradients(grad_q)
-            gone = Followers(self.transport, schedule, sums, "query gradients", queries_home)
-
+        rows = schedule.journeys[self.transport.rank].rows
+        local = Local(grad_out, q, k, v, out, lse, scale)
+        around = KeysAround(local) if side == "keys" else QueriesAround(local)
+        visits = Visitors(self.transport, schedule, around.shapes, "backward", around.kind)
+        followers = Followers(self.transport, schedule, around.sum_shape, around.sums_kind, around.come_home)
         own = schedule.tiles[0]
-        cut = (len(own) + 1) // 2 if travels else len(own)
-        for hop, visitor in visits(leaving):
+        cut = (len(own) + 1) // 2 if rows else len(own)
+        for hop, visitor in visits(around.leaving(rows)):
             if hop == 0:
-                add(queries, keys, own[:cut], grad_q, grad_keys)
+                local.add(own[:cut])
                 continue
             added = None
             if visitor is not None and schedule.tiles[hop]:
-                added = gone.zeros(hop)
-                if side == "keys":
-                    add(queries, visitor[0].unbind(), schedule.tiles[hop], grad_q, added)
-                else:
-                    add((*visitor[0].unbind(), visitor[1]), keys, schedule.tiles[hop], added, grad_keys)
-            gone.pass_on(hop, added)
-        add(queries, keys, own[cut:], grad_q, grad_keys)
-        gone.finish()
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
-
-    def _leaving(self, schedule: RingSchedule, k: Tensor, v: Tensor) -> list[Tensor]:
-        """Keys and values that other ranks need, as one message."""
-        rows = schedule.journeys[self.transport.rank].rows
-        return [torch.stack([rows_of(k, rows, 1), rows_of(v, rows, 1)])] if rows else []
-
-    def _queries_leaving(
-        self, schedule: RingSchedule, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor
-    ) -> list[Tensor]:
-        rows = schedule.journeys[self.transport.rank].rows
-        if not rows:
-            return []
-        return [
-            torch.stack([rows_of(x.to(q.dtype), rows, 1) for x in (grad_out, q, out)]),
-            rows_of(lse, rows, 2).contiguous(),
-        ]
-
-
-def _shapes_of_keys(k: Tensor) -> Callable[[int], list[tuple[tuple[int, ...], torch.dtype]]]:
-    B, _, Hk, D = k.shape
-    return lambda rows: [((2, B, rows, Hk, D), k.dtype)]
-
-
-def _shapes_of_queries(q: Tensor, lse: Tensor) -> Callable[[int], list[tuple[tuple[int, ...], torch.dtype]]]:
-    B, _, Hq, D = q.shape
-    return lambda rows: [((3, B, rows, Hq, D), q.dtype), ((B, Hq, rows), lse.dtype)]
-
-
-def _shapes_of_gradients(grad_q: Tensor) -> Callable[[int], list[tuple[tuple[int, ...], torch.dtype]]]:
-    B, _, Hq, D = grad_q.shape
-    return lambda rows: [((B, rows, Hq, D), grad_q.dtype)]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+                added = followers.zeros(hop)
+                around.add(visitor, schedule.tiles[hop], added)
+            followers.pass_on(hop, added)
+        local.add(own[cut:])
+        followers.finish()
+        return local.gradients()

@@ -14,8 +14,8 @@ from hydra_dist.context.geometry import RingSchedule
 from hydra_dist.context.transport import Direction, Finished, Message, Transport, Work
 from hydra_dist.costs.needs import Rows
 
-Shapes = Callable[[int], list[tuple[tuple[int, ...], torch.dtype]]]
-"""For a number of rows, the shape and dtype of each tensor that holds them."""
+Shape = tuple[tuple[int, ...], torch.dtype]
+"""Of a tensor."""
 
 
 class Visitors:
@@ -24,12 +24,17 @@ class Visitors:
     Args:
         transport: to the ranks of the ring.
         schedule: whose rows come when.
-        shapes: of what travels.
+        shapes: of the tensors that hold a number of rows.
         direction, kind: under which it is counted.
     """
 
     def __init__(
-        self, transport: Transport, schedule: RingSchedule, shapes: Shapes, direction: Direction, kind: str
+        self,
+        transport: Transport,
+        schedule: RingSchedule,
+        shapes: Callable[[int], list[Shape]],
+        direction: Direction,
+        kind: str,
     ) -> None:
         self.transport, self.schedule, self.shapes = transport, schedule, shapes
         self.direction, self.kind = direction, kind
@@ -78,15 +83,21 @@ class Followers:
     """Sums that follow visiting rows one hop behind, and go home from the last rank that adds to them.
 
     Args:
-        transport, schedule, shapes: as for ``Visitors``; each sum is one tensor, in fp32 or wider.
+        transport, schedule: as for ``Visitors``.
+        shape: of the sums of a number of rows, in fp32 or wider.
         kind: under which it is counted, backward.
-        home: is given what came back for this rank's travelling rows.
+        home: is given this rank's travelling rows and what came back for them.
     """
 
     def __init__(
-        self, transport: Transport, schedule: RingSchedule, shapes: Shapes, kind: str, home: Callable[[Tensor], None]
+        self,
+        transport: Transport,
+        schedule: RingSchedule,
+        shape: Callable[[int], Shape],
+        kind: str,
+        home: Callable[[Rows, Tensor], None],
     ) -> None:
-        self.transport, self.schedule, self.shapes, self.kind, self.home = transport, schedule, shapes, kind, home
+        self.transport, self.schedule, self.shape, self.kind, self.home = transport, schedule, shape, kind, home
         self._moving: Work = Finished()
         self._follower: Tensor | None = None
         self._returned: Tensor | None = None
@@ -128,11 +139,11 @@ class Followers:
         self._moving.wait()
         self._moving = Finished()
         if self._returned is not None:
-            self.home(self._returned)
+            self.home(self.schedule.journeys[self.transport.rank].rows, self._returned)
             self._returned = None
 
     def _room(self, owner: int) -> Tensor:
-        ((shape, dtype),) = self.shapes(self.schedule.journeys[owner].num_rows)
+        shape, dtype = self.shape(self.schedule.journeys[owner].num_rows)
         return torch.empty(shape, dtype=dtype, device=self.transport.device)
 
 
