@@ -179,6 +179,10 @@ def _attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v in their dtypes. k and v may be wider than q, in whose dtype everything is computed:
+    their gradients are then those of parts that somebody adds up."""
+    dtypes = (q.dtype, k.dtype, v.dtype)
+    k, v = k.to(q.dtype), v.to(q.dtype)
     mask = Mask(causal, window, document_starts, k_document_starts, q_positions, k_positions)
     chosen, form, _ = _choice(q, k, mask, backend)
     if form is not None and q.numel() > 0 and k.numel() > 0:
@@ -200,7 +204,7 @@ def _attention_backward(
             grad_v=sums[2],
             backend=chosen.name,
         )
-    grad_q, grad_k, grad_v = (total.to(x.dtype).contiguous() for total, x in zip(sums, (q, k, v), strict=True))
+    grad_q, grad_k, grad_v = (total.to(dtype).contiguous() for total, dtype in zip(sums, dtypes, strict=True))
     return grad_q, grad_k, grad_v
 
 

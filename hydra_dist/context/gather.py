@@ -109,6 +109,7 @@ class AllGather:
                 fresh=True,
                 rule=rule,
             )
+            del keys, values  # before the slice after the next one is gathered
         return rule.finish(out, lse, q.dtype)
 
     def backward(
@@ -123,8 +124,9 @@ class AllGather:
         causal: bool,
         window: int | None,
         scale: float,
+        key_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v in their dtypes; sums over ranks are in fp32 or wider."""
+        """The gradients of q in its dtype, and of k and v in ``key_dtype``; sums over ranks are in fp32 or wider."""
         found = self.gathering_of(causal, window)
         grad_q = q.new_zeros(q.shape, dtype=wide(q))
         grad_k, grad_v = k.new_zeros(k.shape, dtype=wide(k)), v.new_zeros(v.shape, dtype=wide(v))
@@ -145,8 +147,9 @@ class AllGather:
                 grad_v=sums[:, 1].transpose(0, 1),
             )
             home.send(sums, grad_k[:, :, heads], grad_v[:, :, heads])
+            del keys, values
         home.settle()
-        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
+        return grad_q.to(q.dtype), grad_k.to(key_dtype), grad_v.to(key_dtype)
 
     def _slices(
         self, q: Tensor, k: Tensor, v: Tensor, found: Gathering, direction: Direction

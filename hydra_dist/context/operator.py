@@ -44,7 +44,9 @@ class Strategy(Protocol):
         causal: bool,
         window: int | None,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+        key_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q in its dtype, and of k and v in ``key_dtype``."""
 
 
 @torch.library.custom_op("hydra_dist::context_attention", mutates_args=())
@@ -62,7 +64,7 @@ def context_attention(
 
     Args:
         q: [B, S_local, Hq, D].
-        k, v: [B, S_local, Hk, D].
+        k, v: [B, S_local, Hk, D]; computed with in q's dtype. Where they are wider than q, so are their gradients.
         handle: names the plan.
         window: in tokens; -1 for none.
         logit_bound: |score| never passes it; None: unknown.
@@ -71,6 +73,7 @@ def context_attention(
         out [B, S_local, Hq, D] in q's dtype, lse [B, Hq, S_local] in fp32 or wider, not differentiable.
     """
     strategy = HANDLES.get(handle).strategy
+    k, v = k.to(q.dtype), v.to(q.dtype)
     return strategy.forward(q, k, v, causal=causal, window=_window(window), scale=scale, logit_bound=logit_bound)
 
 
@@ -104,7 +107,8 @@ def context_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v in their dtypes."""
     strategy = HANDLES.get(handle).strategy
-    return strategy.backward(grad_out, q, k, v, out, lse, causal=causal, window=_window(window), scale=scale)
+    tensors = (grad_out, q, k.to(q.dtype), v.to(q.dtype), out, lse)
+    return strategy.backward(*tensors, causal=causal, window=_window(window), scale=scale, key_dtype=k.dtype)
 
 
 @context_attention_backward.register_fake

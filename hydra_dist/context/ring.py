@@ -18,6 +18,7 @@ in Sun et al. 2024, "BurstAttention" (arXiv 2403.09347).
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from hydra_dist.attention import attend_tiles, merge_rule
@@ -91,8 +92,10 @@ class Ring:
         causal: bool,
         window: int | None,
         scale: float,
+        key_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v in their dtypes; sums over hops and ranks are in fp32 or wider.
+        """The gradients of q in its dtype, and of k and v in ``key_dtype``; sums over hops and ranks are in fp32 or
+        wider.
 
         Args:
             grad_out: the gradient of ``out``.
@@ -119,4 +122,4 @@ class Ring:
             followers.pass_on(hop, added)
         local.add(own[cut:])
         followers.finish()
-        return local.gradients()
+        return local.gradients(key_dtype)

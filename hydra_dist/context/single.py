@@ -48,11 +48,12 @@ class Single:
         causal: bool,
         window: int | None,
         scale: float,
+        key_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v in their dtypes."""
+        """The gradients of q in its dtype, and of k and v in ``key_dtype``."""
         mask = self._mask(q.device)
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.hydra_dist.attention_backward(
-            grad_out, q, k, v, out, lse, *mask, causal, window, scale, "auto"
+            grad_out, q, k.to(key_dtype), v.to(key_dtype), out, lse, *mask, causal, window, scale, "auto"
         )
         return grads
 

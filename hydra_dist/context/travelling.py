@@ -64,11 +64,10 @@ class Local:
             grad_v=grad_v,
         )
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of q, k and v, in their dtypes."""
+    def gradients(self, key_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Of q in its dtype, and of k and v in ``key_dtype``."""
         _, q, _, _ = self.queries
-        k, v = self.keys
-        return self.grad_q.to(q.dtype), self.grad_k.to(k.dtype), self.grad_v.to(v.dtype)
+        return self.grad_q.to(q.dtype), self.grad_k.to(key_dtype), self.grad_v.to(key_dtype)
 
 
 class KeysAround(Keys):

@@ -30,16 +30,22 @@ class HeadExchange:
         self.lengths = list(lengths)
 
     def to_heads(self, tensors: Sequence[Tensor], direction: Direction) -> list[Tensor]:
-        """[B, S_local, H, D] -> [B, S of the group, heads of this rank, D] for each tensor, in one exchange."""
+        """[B, S_local, H, D] -> [B, S of the group, heads of this rank, D] for each tensor, in one exchange.
+
+        Heads that several ranks have come out in fp32 or wider, so that the gradients of their copies do too: they are
+        parts of a sum.
+        """
         size, rank = self.transport.size, self.transport.rank
         sends = [[_heads_of(x, peer, size) for x in tensors] for peer in range(size)]
         mine = [(x.shape[0], x[:, :, _dealt(x.shape[2], rank, size)].shape[2], x.shape[3]) for x in tensors]
         shapes = [[(B, rows, heads, D) for B, heads, D in mine] for rows in self.lengths]
         received = self._exchange(sends, shapes, tensors, direction)
-        return [torch.cat([parts[index] for parts in received], 1) for index in range(len(tensors))]
+        whole = (torch.cat([parts[index] for parts in received], 1) for index in range(len(tensors)))
+        return [_wide(rows) if size > x.shape[2] else rows for rows, x in zip(whole, tensors, strict=True)]
 
     def to_rows(self, tensors: Sequence[Tensor], num_heads: Sequence[int], direction: Direction) -> list[Tensor]:
-        """The transpose: [B, S of the group, heads of this rank, D] -> [B, S_local, H, D]; copies of a head add up."""
+        """The transpose: [B, S of the group, heads of this rank, D] -> [B, S_local, H, D]; copies of a head add up, in
+        fp32 or wider, and stay so."""
         size, rank = self.transport.size, self.transport.rank
         own = self.lengths[rank]
         wide = [_wide(x) if size > H else x for x, H in zip(tensors, num_heads, strict=True)]
@@ -47,11 +53,11 @@ class HeadExchange:
         shapes = [[(x.shape[0], own, x.shape[2], x.shape[3]) for x in wide]] * size
         received = self._exchange(sends, shapes, wide, direction)
         result = []
-        for index, (x, H) in enumerate(zip(tensors, num_heads, strict=True)):
+        for index, H in enumerate(num_heads):
             parts = [came[index] for came in received]
             if size > H:
                 copies = size // H
-                parts = [_added(parts[head * copies : (head + 1) * copies]).to(x.dtype) for head in range(H)]
+                parts = [_added(parts[head * copies : (head + 1) * copies]) for head in range(H)]
             result.append(torch.cat(parts, 2))
         return result
 
@@ -114,7 +120,7 @@ def rows_to_heads(tensors: list[Tensor], handle: int, num_rows: int, num_ranks: 
         backward: counted as traffic of the backward pass.
 
     Returns:
-        For each tensor [B, num_rows, H / num_ranks or 1, D].
+        For each tensor [B, num_rows, H / num_ranks or 1, D]; in fp32 or wider where H < num_ranks.
     """
     return _exchange(handle).to_heads(tensors, "backward" if backward else "forward")
 
@@ -123,14 +129,23 @@ def rows_to_heads(tensors: list[Tensor], handle: int, num_rows: int, num_ranks: 
 def _rows_to_heads_fake(
     tensors: list[Tensor], handle: int, num_rows: int, num_ranks: int, backward: bool
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], num_rows, max(1, x.shape[2] // num_ranks), x.shape[3]) for x in tensors]
+    return [
+        x.new_empty(
+            (x.shape[0], num_rows, max(1, x.shape[2] // num_ranks), x.shape[3]),
+            dtype=torch.promote_types(x.dtype, torch.float32) if num_ranks > x.shape[2] else x.dtype,
+        )
+        for x in tensors
+    ]
 
 
 @torch.library.custom_op("hydra_dist::heads_to_rows", mutates_args=())
 def heads_to_rows(
     tensors: list[Tensor], handle: int, num_heads: list[int], local_length: int, backward: bool
 ) -> list[Tensor]:
-    """``HeadExchange.to_rows``: for each [B, rows of the group, heads of this rank, D] all H heads of local rows."""
+    """``HeadExchange.to_rows``: for each [B, rows of the group, heads of this rank, D] all H heads of local rows.
+
+    In a backward pass, with ``num_heads`` below the number of ranks, the sums of copies in fp32 or wider.
+    """
     return _exchange(handle).to_rows(tensors, num_heads, "backward" if backward else "forward")
 
 
@@ -151,11 +166,12 @@ def _setup_to_heads(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> 
     ctx.plan = kept_alive(handle)
     ctx.plain = (handle, [x.shape[2] for x in tensors], tensors[0].shape[1], not backward)
     ctx.like = [(x.shape, x.dtype, x.device) for x in output]
+    ctx.dtypes = [x.dtype for x in tensors]
 
 
 def _to_heads_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     found = torch.ops.hydra_dist.heads_to_rows(_whole(ctx, grads), *ctx.plain)
-    return list(found), None, None, None, None
+    return [x.to(dtype) for x, dtype in zip(found, ctx.dtypes, strict=True)], None, None, None, None
 
 
 def _setup_to_rows(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
