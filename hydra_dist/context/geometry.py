@@ -15,7 +15,7 @@ from hydra_dist.costs.halo import halo_sources, has_halo
 from hydra_dist.costs.layout import Chunk, Dealing, lengths, offsets
 from hydra_dist.costs.needs import MaskRule, Rows, Side
 from hydra_dist.costs.rotation import Journey, RingPath, journeys
-from hydra_dist.costs.tiles import Span, Tile, tiles
+from hydra_dist.costs.tiles import Span, Tile, own_tiles, tiles
 
 Documents = tuple[tuple[int, ...], ...]
 """For each batch row the sorted positions at which its documents start."""
@@ -114,7 +114,10 @@ class Geometry:
         found: list[tuple[Tile, ...]] = []
         for hop in range(num_ranks):
             owner = path.owner(self.rank, hop)
-            visitor = mine if hop == 0 else self.spans(owner, ways[owner].rows) if ways[owner].last >= hop else []
+            if hop == 0:
+                found.append(own_tiles(mine, causal=mask.causal, window=mask.window, documents=mask.documents))
+                continue
+            visitor = self.spans(owner, ways[owner].rows) if ways[owner].last >= hop else []
             queries, keys = (mine, visitor) if side == "keys" else (visitor, mine)
             found.append(tiles(queries, keys, causal=mask.causal, window=mask.window, documents=mask.documents))
         return RingSchedule(path, ways, tuple(found))

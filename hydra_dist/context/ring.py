@@ -28,6 +28,7 @@ from hydra_dist.context.transport import Transport
 from hydra_dist.context.travelling import Keys, KeysAround, Local, QueriesAround
 from hydra_dist.costs.needs import Side
 from hydra_dist.costs.rotation import Heads, cheaper_backward
+from hydra_dist.costs.tiles import halves
 
 ScheduleOf = Callable[[bool, int | None, Side], RingSchedule]
 """(causal, window, what goes around) -> the schedule of this rank."""
@@ -109,17 +110,16 @@ class Ring:
         around = KeysAround(local) if side == "keys" else QueriesAround(local)
         visits = Visitors(self.transport, schedule, around.shapes, "backward", around.kind)
         followers = Followers(self.transport, schedule, around.sum_shape, around.sums_kind, around.come_home)
-        own = schedule.tiles[0]
-        cut = (len(own) + 1) // 2 if rows else len(own)
+        now, later = halves(schedule.tiles[0]) if rows else (schedule.tiles[0], ())
         for hop, visitor in visits(around.leaving(rows)):
             if hop == 0:
-                local.add(own[:cut])
+                local.add(now)
                 continue
             added = None
             if visitor is not None and schedule.tiles[hop]:
                 added = followers.zeros(hop)
                 around.add(visitor, schedule.tiles[hop], added)
             followers.pass_on(hop, added)
-        local.add(own[cut:])
+        local.add(later)
         followers.finish()
         return local.gradients(key_dtype)

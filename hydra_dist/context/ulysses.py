@@ -7,14 +7,14 @@ are added up in fp32 or wider, in the order of the ranks.
 Source: Jacobs et al. 2023, "DeepSpeed Ulysses" (arXiv 2309.14509).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hydra_dist.context.handles import HANDLES, kept_alive
-from hydra_dist.context.transport import Direction, Transport
+from hydra_dist.context.transport import Direction, Message, Transport
 
 
 class HeadExchange:
@@ -36,50 +36,51 @@ class HeadExchange:
         parts of a sum.
         """
         size, rank = self.transport.size, self.transport.rank
-        sends = [[_heads_of(x, peer, size) for x in tensors] for peer in range(size)]
-        mine = [(x.shape[0], x[:, :, _dealt(x.shape[2], rank, size)].shape[2], x.shape[3]) for x in tensors]
-        shapes = [[(B, rows, heads, D) for B, heads, D in mine] for rows in self.lengths]
-        received = self._exchange(sends, shapes, tensors, direction)
-        whole = (torch.cat([parts[index] for parts in received], 1) for index in range(len(tensors)))
+        sends = [(peer, _heads_of(x, peer, size)) for x in tensors for peer in range(size) if peer != rank]
+        mine = [_heads_of(x, rank, size) for x in tensors]
+        whole = [x.new_empty(x.shape[0], sum(self.lengths), *x.shape[2:]) for x in mine]
+        places = [rows.split(self.lengths, 1) for rows in whole]
+        receives = [(peer, rows[peer]) for rows in places for peer in range(size) if peer != rank]
+        finish = self._begin(sends, receives, direction)
+        for rows, own in zip(places, mine, strict=True):
+            rows[rank].copy_(own)
+        finish()
         return [_wide(rows) if size > x.shape[2] else rows for rows, x in zip(whole, tensors, strict=True)]
 
     def to_rows(self, tensors: Sequence[Tensor], num_heads: Sequence[int], direction: Direction) -> list[Tensor]:
         """The transpose: [B, S of the group, heads of this rank, D] -> [B, S_local, H, D]; copies of a head add up, in
         fp32 or wider, and stay so."""
         size, rank = self.transport.size, self.transport.rank
-        own = self.lengths[rank]
-        wide = [_wide(x) if size > H else x for x, H in zip(tensors, num_heads, strict=True)]
-        sends = [list(parts) for parts in zip(*(x.split(self.lengths, 1) for x in wide), strict=True)]
-        shapes = [[(x.shape[0], own, x.shape[2], x.shape[3]) for x in wide]] * size
-        received = self._exchange(sends, shapes, wide, direction)
+        parts = [(_wide(x) if size > H else x).split(self.lengths, 1) for x, H in zip(tensors, num_heads, strict=True)]
+        came = [[torch.empty_like(rows[rank]) for _ in range(size)] for rows in parts]
+        sends = [(peer, rows[peer]) for rows in parts for peer in range(size) if peer != rank]
+        receives = [(peer, rows[peer]) for rows in came for peer in range(size) if peer != rank]
+        self._begin(sends, receives, direction)()
         result = []
-        for index, H in enumerate(num_heads):
-            parts = [came[index] for came in received]
-            if size > H:
-                copies = size // H
-                parts = [_added(parts[head * copies : (head + 1) * copies]) for head in range(H)]
-            result.append(torch.cat(parts, 2))
+        for own, rows, H in zip(parts, came, num_heads, strict=True):
+            rows[rank] = own[rank]
+            copies = size // H
+            if copies > 1:
+                rows = [_added(rows[head * copies : (head + 1) * copies]) for head in range(H)]
+            result.append(torch.cat(rows, 2))
         return result
 
-    def _exchange(
-        self,
-        sends: Sequence[Sequence[Tensor]],
-        shapes: Sequence[Sequence[tuple[int, ...]]],
-        like: Sequence[Tensor],
-        direction: Direction,
-    ) -> list[list[Tensor]]:
-        """sends[p] go to rank p; what comes from rank p has ``shapes[p]``. As bytes, so that dtypes may differ."""
-        # Wide elements come first, so that each part of a message lies at a multiple of its element size.
-        order = sorted(range(len(like)), key=lambda index: -like[index].element_size())
-        packed = [torch.cat([_as_bytes(parts[index]) for index in order]) for parts in sends]
-        sizes = [[torch.Size(shape[index]).numel() * like[index].element_size() for index in order] for shape in shapes]
-        flat = [torch.empty(sum(size), dtype=torch.uint8, device=self.transport.device) for size in sizes]
-        self.transport.all_to_all(flat, packed, direction=direction, kind="heads").wait()
-        received = []
-        for message, shape, size in zip(flat, shapes, sizes, strict=True):
-            pieces = dict(zip(order, message.split(size), strict=True))
-            received.append([pieces[i].view(x.dtype).view(shape[i]) for i, x in enumerate(like)])
-        return received
+    def _begin(self, sends: Sequence[Message], receives: Sequence[Message], direction: Direction) -> Callable[[], None]:
+        """Start messages between the ranks, through contiguous copies where tensors are not; what is returned waits."""
+        rooms = [
+            x if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format) for _, x in receives
+        ]
+        arriving = [(peer, room) for (peer, _), room in zip(receives, rooms, strict=True)]
+        leaving = [(peer, x.contiguous()) for peer, x in sends]
+        work = self.transport.exchange(leaving, arriving, direction=direction, kind="heads")
+
+        def finish() -> None:
+            work.wait()
+            for (_, x), room in zip(receives, rooms, strict=True):
+                if room is not x:
+                    x.copy_(room)
+
+        return finish
 
 
 def _dealt(num_heads: int, rank: int, size: int) -> slice:
@@ -104,10 +105,6 @@ def _added(parts: Sequence[Tensor]) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _as_bytes(piece: Tensor) -> Tensor:
-    return piece.contiguous().view(torch.uint8).reshape(-1)
 
 
 @torch.library.custom_op("hydra_dist::rows_to_heads", mutates_args=())

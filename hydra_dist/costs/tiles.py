@@ -16,7 +16,7 @@ counts in strides likewise.
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Literal
 
 Kind = Literal["full", "causal", "masked"]
@@ -111,6 +111,56 @@ def tiles(
     for batch, starts in enumerate(documents):
         found.extend(_row(batch, q_spans, k_spans, causal, window, starts))
     return _sorted(found)
+
+
+def own_tiles(
+    spans: Sequence[Span], *, causal: bool, window: int | None, documents: Sequence[Sequence[int]] | None
+) -> tuple[Tile, ...]:
+    """The tiles of rows over themselves: fewer than ``tiles`` makes of several spans in ascending order.
+
+    Without a window only the order of positions matters, and that is the order of the rows, so that what lies between
+    two spans can be left out.
+    """
+    spans = sorted(spans, key=lambda span: span.row_start)
+    ascending = all(a.stop <= b.position for a, b in pairwise(spans))
+    if window is not None or not ascending:
+        return tiles(spans, spans, causal=causal, window=window, documents=documents)
+    whole = (Span(0, spans[-1].row_stop, 0),) if spans else ()
+    counted = None
+    if documents is not None:
+        rows = [sorted({sum(span.index(start) for span in spans) for start in starts}) for starts in documents]
+        counted = [[row for row in starts if row < spans[-1].row_stop] for starts in rows]
+    return tiles(whole, whole, causal=causal, window=None, documents=counted)
+
+
+def halves(found: Sequence[Tile]) -> tuple[list[Tile], list[Tile]]:
+    """Tiles dealt in two lots of about as many pairs; one that is more than half of them is cut for it."""
+    whole = sum(tile.pairs for tile in found)
+    parts = [part for tile in found for part in (_quarters(tile) if 2 * tile.pairs > whole else [tile])]
+    first: list[Tile] = []
+    done = 0
+    while parts and 2 * done + parts[0].pairs <= whole:
+        done += parts[0].pairs
+        first.append(parts.pop(0))
+    return first, parts
+
+
+def _quarters(tile: Tile) -> list[Tile]:
+    """A causal tile as the square of its later queries over its earlier keys and what is left; others by queries."""
+    batch, rows = tile.batch, (tile.q_stop - tile.q_start) // 2
+    if rows == 0 or tile.kind == "masked":
+        return [tile]
+    q, k = tile.q_start + rows, tile.k_start + rows
+    if tile.kind == "causal":
+        return [
+            Tile(batch, q, tile.q_stop, tile.k_start, k, "full"),
+            Tile(batch, tile.q_start, q, tile.k_start, k, "causal"),
+            Tile(batch, q, tile.q_stop, k, tile.k_stop, "causal"),
+        ]
+    return [
+        Tile(batch, tile.q_start, q, tile.k_start, tile.k_stop, "full"),
+        Tile(batch, q, tile.q_stop, tile.k_start, tile.k_stop, "full"),
+    ]
 
 
 def executed_pairs(found: Iterable[Tile], batch_size: int = 1) -> int:

@@ -39,8 +39,8 @@ def ulysses_traffic(lengths: Sequence[int], heads: Heads, *, batch_size: int, el
     Args:
         lengths: rows of each rank.
 
-    Forward q, k and v are one exchange and the output another; backward its gradient is one, and those of q, k and v
-    another, in fp32 for keys and values that several ranks have.
+    A message for each of q, k, v and the output to every other rank, and backward for each of their gradients, which
+    are in fp32 for keys and values that several ranks have.
     """
     num_ranks = len(lengths)
     if num_ranks == 1:
@@ -54,5 +54,5 @@ def ulysses_traffic(lengths: Sequence[int], heads: Heads, *, batch_size: int, el
         others, peers = sum(lengths) - rows, num_ranks - 1
         out = rows * peers * (queries + 2 * keys) * element_bytes + others * queries * element_bytes
         back = rows * peers * queries * element_bytes + others * (queries * element_bytes + 2 * keys * gradient_bytes)
-        traffic.append(RankTraffic(out * unit, 2 * peers, back * unit, 2 * peers))
+        traffic.append(RankTraffic(out * unit, 4 * peers, back * unit, 4 * peers))
     return traffic

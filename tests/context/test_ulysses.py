@@ -50,9 +50,7 @@ def test_backward_is_the_transpose(ranks, heads):
         back = sum(float((x.detach() * x.grad).sum()) for x in leaves)
 
         wide = [w.clone().requires_grad_() for w in weights]
-        rows = torch.ops.hydra_dist.heads_to_rows(
-            wide, seq.handle, list(heads), seq.geometry.local_length, False
-        )
+        rows = torch.ops.hydra_dist.heads_to_rows(wide, seq.handle, list(heads), seq.geometry.local_length, False)
         sum((x * leaf.detach()).sum() for x, leaf in zip(rows, leaves, strict=True)).backward()
         assert all(torch.equal(w.grad, x) for w, x in zip(wide, mine, strict=True))
         return there, back
@@ -75,7 +73,7 @@ def test_a_tensor_on_which_nothing_depends_still_takes_part():
         assert torch.equal(unused, torch.zeros_like(unused))
 
 
-def test_dtypes_travel_in_one_message_each_way():
+def test_dtypes_may_differ_in_one_exchange():
     def one_rank(mesh):
         seq = ContextParallel(mesh, "ulysses").plan(LENGTH)
         x = seq.shard(tagged(4), 1)
@@ -85,12 +83,12 @@ def test_dtypes_travel_in_one_message_each_way():
         return seq.stats()["forward"]
 
     for sent in run_ranks((1, 2), one_rank):
-        assert sent["messages"] == 1
+        assert (sent["hops"], sent["messages"]) == (1, 3)
         assert set(sent["kinds"]) == {"heads"}
 
 
 def test_copies_of_a_head_are_added_in_fp32():
-    # 1 + 2^-9 rounds to 1 in bf16: added one after another in bf16, what three of the ranks give would be lost.
+    # 1 + 2^-9 rounds to 1 in bf16: in bf16 what the other ranks give would be lost.
     parts = torch.tensor([1.0, *[2.0**-9] * 7])
 
     def one_rank(mesh):
@@ -99,9 +97,8 @@ def test_copies_of_a_head_are_added_in_fp32():
         return seq.heads.to_rows([mine], [1], "backward")[0]
 
     for found in run_ranks((1, 8), one_rank):
-        assert found.dtype == torch.bfloat16
-        assert torch.equal(found, torch.full_like(found, float(parts.sum().bfloat16())))
-        assert float(parts.sum().bfloat16()) != 1.0
+        assert found.dtype == torch.float32
+        assert torch.equal(found, torch.full_like(found, float(parts.sum())))
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -119,13 +116,7 @@ def test_what_a_compiler_is_told_is_what_comes(ranks):
             fake = there_and_back([mode.from_tensor(x) for x in local])
         return [(tuple(x.shape), x.dtype) for x in real], [(tuple(x.shape), x.dtype) for x in fake]
 
-    # One after another: a fake mode is the process's, not a thread's.
-    results = [one_rank(None)] if ranks == 1 else _in_turn(ranks, one_rank)
-    assert all(real == fake for real, fake in results)
-
-
-def _in_turn(ranks, one_rank):
-    return run_ranks((1, ranks), one_rank)
+    assert all(real == fake for real, fake in run_ranks((1, ranks), one_rank))
 
 
 def test_the_operators_pass_pytorchs_own_checks():
@@ -135,9 +126,7 @@ def test_the_operators_pass_pytorchs_own_checks():
     torch.library.opcheck(torch.ops.hydra_dist.heads_to_rows.default, (leaves, seq.handle, [4, 2], LENGTH, False))
 
 
-def test_the_comparison_rejects_gradients_of_copies_that_are_not_added(
-    problem, whole, over_ranks, errors, monkeypatch
-):
+def test_the_comparison_rejects_gradients_of_copies_that_are_not_added(problem, whole, over_ranks, errors, monkeypatch):
     case = problem(num_query_heads=8, num_key_heads=2)
     for strategy, ranks in (("ulysses", 4), ("hybrid", (2, 4))):
         assert max(errors(over_ranks(case, ranks, strategy=strategy)[0], whole(case))) < 1e-12

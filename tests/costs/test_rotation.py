@@ -49,6 +49,9 @@ def test_rows_leave_a_node_only_when_all_of_it_has_seen_them(ranks, inner, rever
     for owner in range(ranks):
         nodes = [path.visited(owner, hop) // width for hop in range(ranks)]
         assert [len(list(group)) for _, group in itertools.groupby(nodes)] == [width] * (ranks // width)
+        # To the next node all ranks of one go at once, each to the rank in its own place.
+        for before, after in itertools.pairwise(path.visited(owner, hop) for hop in range(ranks)):
+            assert before // width == after // width or before % width == after % width
 
 
 def test_the_two_ways_of_one_ring_and_of_a_ring_of_rings():

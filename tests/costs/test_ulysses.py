@@ -36,7 +36,7 @@ def test_closed_form_of_even_shards(element_bytes):
     for sent in ulysses_traffic([rows] * ranks, heads, batch_size=3, element_bytes=element_bytes):
         elements = 3 * rows * (2 * 8 + 2 * 4) * 16 * (ranks - 1) // ranks
         assert sent.forward_bytes == sent.backward_bytes == elements * element_bytes
-        assert sent.forward_messages == sent.backward_messages == 2 * (ranks - 1)
+        assert sent.forward_messages == sent.backward_messages == 4 * (ranks - 1)
 
 
 def test_key_heads_that_several_ranks_have_come_back_in_fp32():
