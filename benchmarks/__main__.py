@@ -129,6 +129,12 @@ def _choose(asked: argparse.Namespace, benchmarks: Mapping[str, Benchmark]) -> l
     left_out = [b.name for b in benchmarks.values() if b not in chosen]
     if asked.all and left_out:
         print(f"left out, because they need a GPU (--gpu): {', '.join(left_out)}")
+    for benchmark in list(chosen):
+        # Some ask more of a machine than a device; named alone, they end with this reason.
+        reason = getattr(benchmark.load(), "left_out", lambda device: None)("cuda" if asked.gpu else "cpu")
+        if reason is not None:
+            print(f"left out: {benchmark.name}: {reason}")
+            chosen.remove(benchmark)
     return sorted(chosen, key=lambda benchmark: benchmark.name not in waiting)
 
 
