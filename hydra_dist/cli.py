@@ -29,6 +29,7 @@ def check(
 ) -> None:
     """Find every mistake that can be known before a process is started."""
     from hydra_dist.config.file import load_config
+    from hydra_dist.costs.strategy import resolve
     from hydra_dist.train.mesh import choose_device
     from hydra_dist.train.preflight import check_device, preflight
 
@@ -36,6 +37,9 @@ def check(
     check_device(loaded, choose_device(loaded.train.device, share_gpu=loaded.train.share_gpu))
     prepared = preflight(loaded, config, processes, verify_data=True)
     done = f"goes on after step {prepared.resume_step}" if prepared.resume_from else "starts new"
+    choice = resolve(loaded)
+    if loaded.context.size > 1:
+        print(f"context strategy {choice.chosen.grid}: {choice.why}")
     print(
         f"{config}: good. {prepared.data_size} data x {loaded.context.size} context ranks; "
         f"{prepared.train.num_rows:,} rows of {loaded.data.sequence_length:,} tokens; {done} in {loaded.run.directory}"

@@ -157,7 +157,9 @@ class _DistributedWork(Work):
         me = f"context rank {transport.rank} of {transport.size} (global rank {transport.global_ranks[transport.rank]})"
         peers = ", ".join(f"{peer} (global rank {transport.global_ranks[peer]})" for peer in self.peers)
         message = f"{me}: {self.label} with context rank {peers} failed: {error}"
-        return TransportTimeoutError(message) if "timed out" in str(error).lower() else RunError(message)
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            return TransportTimeoutError(f"{message} (context.timeout_seconds is how long a rank waits)")
+        return RunError(message)
 
 
 def _wire(tensor: Tensor) -> Tensor:

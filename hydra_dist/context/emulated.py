@@ -55,7 +55,7 @@ class Hub:
                 if remaining <= 0:
                     raise TransportTimeoutError(
                         f"{group} rank {destination} waited {self.timeout:g} s for {group} rank {source} "
-                        f"({label}), which sent nothing"
+                        f"({label}), which sent nothing (timeout, context.timeout_seconds, is how long a rank waits)"
                     )
                 self._changed.wait(remaining)
         raise Released(f"{group} rank {destination} was waiting for {group} rank {source} ({label})")
