@@ -87,6 +87,8 @@ def explain(q: Tensor, k: Tensor, mask: Mask = _DEFAULT, backend: str = "auto", 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError where q, k and v do not fit together."""
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"q is {q.dtype}; attention takes a floating dtype")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {list(x.shape)}; attention takes [batch, sequence, heads, head_dim]")

@@ -173,7 +173,7 @@ class AllGather:
     ) -> tuple[Tensor, Work, Tensor]:
         """Begin to gather a slice of heads: [rows, 2, B, heads, D], rows first, so that each share is one piece."""
         heads = slice(part.start, part.stop)
-        own = torch.stack([k[:, :, heads].transpose(0, 1), v[:, :, heads].transpose(0, 1)], 1)
+        own = torch.stack([k[:, :, heads].transpose(0, 1), v[:, :, heads].transpose(0, 1)], 1).contiguous()
         gathered = own.new_empty(found.num_rows, *own.shape[1:])
         rank = self.transport.rank
         receives = []

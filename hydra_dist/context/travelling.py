@@ -26,7 +26,7 @@ class Keys:
 
     def leaving(self, rows: Rows) -> list[Tensor]:
         """These rows; nothing where there are none."""
-        return [torch.stack([rows_of(self.k, rows, 1), rows_of(self.v, rows, 1)])] if rows else []
+        return [torch.stack([rows_of(self.k, rows, 1), rows_of(self.v, rows, 1)]).contiguous()] if rows else []
 
 
 class Local:
@@ -115,7 +115,7 @@ class QueriesAround:
         if not rows:
             return []
         grad_out, q, out, lse = self.local.queries
-        stacked = torch.stack([rows_of(x.to(q.dtype), rows, 1) for x in (grad_out, q, out)])
+        stacked = torch.stack([rows_of(x.to(q.dtype), rows, 1) for x in (grad_out, q, out)]).contiguous()
         return [stacked, rows_of(lse, rows, 2).contiguous()]
 
     def add(self, visitor: Sequence[Tensor], tiles: Sequence[Tile], added: Tensor) -> None:

@@ -104,6 +104,10 @@ def check_dealing(dealing: Dealing, sequence_length: int) -> None:
             raise ValueError(
                 f"a dealing must give rows to every rank, in chunks that have some; rank {rank} has {held}"
             )
+        if any(chunk.step != 1 for chunk in held) or any(a.stop > b.start for a, b in pairwise(held)):
+            raise ValueError(
+                f"a dealing must give each rank ascending ranges with a stride of 1; rank {rank} has {held}"
+            )
 
 
 def causal_pairs(dealing: Dealing, documents: Documents) -> list[int]:

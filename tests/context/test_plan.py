@@ -1,5 +1,7 @@
 """Plans: dealing rows out and gathering them, what a plan says of its rows, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,33 +21,63 @@ def starts_of(*rows, length):
     return starts
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 6), st.integers(12, 40), st.sampled_from(LAYOUTS), st.integers(-3, 2), st.booleans())
-def test_unshard_inverts_shard(ranks, length, layout, dim, integers):
+GRIDS = [(1, 1), (2, 1), (3, 1), (4, 1), (6, 1), (1, 3), (1, 4), (2, 2), (2, 3), (3, 2)]
+
+
+@st.composite
+def plans(draw):
+    """(grid, settings of ContextParallel, settings of its plan): layouts and explicit dealings, with documents."""
+    ring, ulysses = grid = draw(st.sampled_from(GRIDS))
+    length = draw(st.integers(24, 40))
+    starts = draw(st.none() | st.sets(st.integers(1, length - 1), max_size=5).map(lambda found: sorted(found)))
+    making = {"strategy": "hybrid" if ulysses > 1 else "ring", "layout": draw(st.sampled_from(LAYOUTS))}
+    dealing = None
+    if draw(st.booleans()):
+        cuts = sorted(draw(st.sets(st.integers(1, length // 4 - 1), min_size=ring - 1, max_size=ring - 1)))
+        edges = [0, *(4 * edge for edge in cuts), length]
+        pieces = [range(start, stop) for start, stop in itertools.pairwise(edges)]
+        dealing = [[piece] for piece in draw(st.permutations(pieces))]
+    packed = None if starts is None else starts_of(starts, length=length)
+    return grid, making, {"sequence_length": length, "document_starts": packed, "dealing": dealing}
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans(), st.integers(-3, 2), st.booleans())
+def test_unshard_inverts_shard(plan, dim, integers):
+    grid, making, plan_of = plan
+    length = plan_of["sequence_length"]
     shape = [2, 3, 2]
     shape[dim] = length
     x = torch.randint(100, shape) if integers else torch.randn(shape)
 
     def there_and_back(mesh):
-        seq = ContextParallel(mesh, layout=layout).plan(length)
+        seq = ContextParallel(mesh, **making).plan(**plan_of)
         local = seq.shard(x, dim)
         assert torch.equal(local, x.index_select(dim, seq.positions))
         assert local.is_contiguous()
         assert seq.positions.numel() == sum(seq.chunk_lengths) == local.shape[dim]
+        if plan_of["document_starts"] is not None:
+            assert torch.equal(seq.document_starts, plan_of["document_starts"][:, seq.positions])
+            assert torch.equal(seq.ages, (seq.positions - seq.document_starts).int())
+        edges = [0, *itertools.accumulate(seq.chunk_lengths)]
+        steps = {int(step) for a, b in itertools.pairwise(edges) for step in seq.positions[a:b].diff()}
+        assert len(steps) <= 1
         return seq.unshard(local, dim), seq.positions
 
-    results = run_ranks(ranks, there_and_back)
+    results = run_ranks(grid, there_and_back)
     assert all(torch.equal(back, x) for back, _ in results)
     assert torch.cat([positions for _, positions in results]).sort().values.tolist() == list(range(length))
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_gradients_of_shard_and_unshard_add_up_over_ranks(ranks):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 1), (2, 2)])
+def test_gradients_of_shard_and_unshard_add_up_over_ranks(grid, layout):
+    ranks = grid[0] * grid[1]
     x = torch.randn(2, 13, 3, dtype=torch.float64)
     weights = torch.randn(ranks, 2, 13, 3, dtype=torch.float64)
 
     def one_rank(mesh):
-        seq = ContextParallel(mesh, layout="contiguous").plan(13)
+        seq = ContextParallel(mesh, "hybrid", layout).plan(13)
         leaf = x.clone().requires_grad_()
         whole = seq.unshard(seq.shard(leaf * 2, 1) ** 2, 1)
         (whole * weights[mesh.rank]).sum().backward()
@@ -53,7 +85,7 @@ def test_gradients_of_shard_and_unshard_add_up_over_ranks(ranks):
 
     leaf = x.clone().requires_grad_()
     ((leaf * 2) ** 2 * weights.sum(0)).sum().backward()
-    torch.testing.assert_close(sum(run_ranks(ranks, one_rank)), leaf.grad, rtol=0, atol=1e-13)
+    torch.testing.assert_close(sum(run_ranks(grid, one_rank)), leaf.grad, rtol=0, atol=1e-13)
 
 
 def test_unshard_can_be_differentiated_twice():
