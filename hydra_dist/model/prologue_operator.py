@@ -5,14 +5,15 @@ activation checkpointing and profilers see one node each, whatever runs inside: 
 (``prologue_plain``) elsewhere and where it is asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hydra_dist.errors import ConfigError, nearest
-from hydra_dist.model import prologue_plain
+from hydra_dist.model import prologue_pairs, prologue_plain
 from hydra_dist.model.convolution import Taps
 from hydra_dist.model.prologue_plain import Switches
 
@@ -45,10 +46,8 @@ def prologue(
     return q, k, v
 
 
-def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, switches: Switches, num_chunks: int = 1
-) -> tuple[str, str]:
-    """The implementation that ``backend`` names for such inputs in ``num_chunks`` runs of rows, and why.
+def choose(backend: str, device: torch.device, dtype: torch.dtype, switches: Switches) -> tuple[str, str]:
+    """The implementation that ``backend`` names for such inputs, and why.
 
     Raises ConfigError for an unknown name, and for ``triton`` where the kernels cannot take the inputs.
     """
@@ -57,7 +56,7 @@ def choose(
     if backend not in ("auto", "triton"):
         known = ("auto", *BACKENDS)
         raise ConfigError(f'prologue backend "{backend}": known are {", ".join(known)}{nearest(backend, known)}')
-    reason = _kernels_refuse(device, dtype, switches, num_chunks)
+    reason = _kernels_refuse(device, dtype, switches)
     if reason is None:
         return "triton", "asked for" if backend == "triton" else f"the kernels take {dtype} on {device.type}"
     if backend == "triton":
@@ -65,12 +64,12 @@ def choose(
     return "plain", f"not triton ({reason})"
 
 
-def _kernels_refuse(device: torch.device, dtype: torch.dtype, switches: Switches, num_chunks: int) -> str | None:
+def _kernels_refuse(device: torch.device, dtype: torch.dtype, switches: Switches) -> str | None:
     if device.type != "cuda":
         return f"Triton kernels do not run on {device.type}"
     from hydra_dist.kernels import ccgqa_prologue_forward
 
-    return ccgqa_prologue_forward.refuses(device, dtype, switches.head_dim, switches.kernel_sizes, num_chunks)
+    return ccgqa_prologue_forward.refuses(device, dtype, switches.head_dim, switches.kernel_sizes)
 
 
 def plain_values(switches: Switches) -> tuple[int, int, int, list[int], bool, float | None, bool]:
@@ -84,6 +83,19 @@ def plain_values(switches: Switches) -> tuple[int, int, int, list[int], bool, fl
         switches.eps,
         switches.value_shift,
     )
+
+
+def _of_kernels(switches: Switches) -> dict[str, Any]:
+    """``switches`` as the launchers take them."""
+    return {
+        "num_query_heads": switches.num_query_heads,
+        "num_key_heads": switches.num_key_heads,
+        "head_dim": switches.head_dim,
+        "kernel_sizes": switches.kernel_sizes,
+        "use_qk_mean": switches.use_qk_mean,
+        "eps": switches.eps,
+        "value_shift": switches.value_shift,
+    }
 
 
 def _switches(
@@ -129,30 +141,15 @@ def _prologue(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     switches = _switches(num_query_heads, num_key_heads, head_dim, kernel_sizes, use_qk_mean, eps, value_shift)
-    if choose(backend, p.device, p.dtype, switches, len(chunk_lengths))[0] == "triton":
+    if choose(backend, p.device, p.dtype, switches)[0] == "triton":
         from hydra_dist.kernels import ccgqa_prologue_forward
 
-        return ccgqa_prologue_forward.forward(
-            p,
-            z_before,
-            v_before,
-            ages,
-            chunk_lengths,
-            w0,
-            b0,
-            w1,
-            b1,
-            beta,
-            cosines,
-            sines,
-            num_query_heads=num_query_heads,
-            num_key_heads=num_key_heads,
-            head_dim=head_dim,
-            kernel_sizes=switches.kernel_sizes,
-            use_qk_mean=use_qk_mean,
-            eps=eps,
-            value_shift=value_shift,
-        )
+        compute: Callable[..., Any] = partial(ccgqa_prologue_forward.forward, **_of_kernels(switches))
+        rows = (p, z_before, v_before, ages, chunk_lengths)
+        if len(chunk_lengths) > prologue_pairs.AT_ONCE:
+            return prologue_pairs.forward(compute, *rows, (w0, b0, w1, b1, beta), cosines, sines)
+        whole: tuple[Tensor, Tensor, Tensor, Tensor] = compute(*rows, w0, b0, w1, b1, beta, cosines, sines)
+        return whole
     rope = None if cosines is None or sines is None else (cosines, sines)
     rows = (p, z_before, v_before, ages, chunk_lengths)
     return prologue_plain.forward(*rows, _taps(w0, b0, w1, b1), beta, rope, switches)
@@ -201,25 +198,16 @@ def _prologue_backward(
     switches = _switches(num_query_heads, num_key_heads, head_dim, kernel_sizes, use_qk_mean, eps, value_shift)
     grads = (grad_q, grad_k, grad_v, q, k, inv, p, z_before, v_before, ages, chunk_lengths)
     results: tuple[Tensor | None, ...]
-    if choose(backend, p.device, p.dtype, switches, len(chunk_lengths))[0] == "triton":
+    if choose(backend, p.device, p.dtype, switches)[0] == "triton":
         from hydra_dist.kernels import ccgqa_prologue_backward
 
-        results = ccgqa_prologue_backward.backward(
-            *grads,
-            w0,
-            b0,
-            w1,
-            beta,
-            cosines,
-            sines,
-            num_query_heads=num_query_heads,
-            num_key_heads=num_key_heads,
-            head_dim=head_dim,
-            kernel_sizes=switches.kernel_sizes,
-            use_qk_mean=use_qk_mean,
-            eps=eps,
-            value_shift=value_shift,
-        )
+        compute: Callable[..., Any] = partial(ccgqa_prologue_backward.backward, **_of_kernels(switches))
+        if len(chunk_lengths) > prologue_pairs.AT_ONCE:
+            of_rows = (grad_q, grad_k, grad_v, q, k, inv, p)
+            halos = (z_before, v_before, ages, chunk_lengths)
+            results = tuple(prologue_pairs.backward(compute, of_rows, *halos, (w0, b0, w1, beta), cosines, sines))
+        else:
+            results = compute(*grads, w0, b0, w1, beta, cosines, sines)
     else:
         rope = None if cosines is None or sines is None else (cosines, sines)
         *rows, taps, grad_beta = prologue_plain.backward(*grads, _taps(w0, b0, w1, b1), beta, rope, switches)
