@@ -50,6 +50,8 @@ class Emulation:
         alone: the same steps on one rank; empty where they were not wanted.
         traffic: what each rank sent in all steps (``SequencePlan.stats``).
         peak_bytes: the most that was allocated on the GPU at a time, all ranks together; None on a CPU.
+        left_out: settings that a run of processes follows and this one does not; none changes what is computed, up to
+            rounding.
     """
 
     choice: Choice
@@ -58,6 +60,7 @@ class Emulation:
     alone: list[Step]
     traffic: list[dict[str, Any]]
     peak_bytes: int | None
+    left_out: tuple[str, ...] = ()
 
     @property
     def difference(self) -> tuple[float, float]:
@@ -71,7 +74,8 @@ class Emulation:
     def agrees(self) -> bool:
         """Whether the steps over ranks are those of one rank, up to rounding."""
         loss, norm = self.difference
-        finite = all(math.isfinite(step.loss) and math.isfinite(step.gradient_norm) for step in self.steps)
+        every = (*self.steps, *self.alone)
+        finite = all(math.isfinite(step.loss) and math.isfinite(step.gradient_norm) for step in every)
         return finite and loss <= TOLERANCE[self.precision] and norm <= 10 * TOLERANCE[self.precision]
 
 
@@ -107,7 +111,7 @@ def emulate(
         del run
         single = _Run(config, model, device, precision, timeout)
         alone = [single.step(batches(step), step, None) for step in range(steps)]
-    return Emulation(choice, precision, over_ranks, alone, traffic, peak)
+    return Emulation(choice, precision, over_ranks, alone, traffic, peak, _left_out(config, device))
 
 
 def report(found: Emulation) -> str:
@@ -126,11 +130,23 @@ def report(found: Emulation) -> str:
         lines.append(f"{direction}: {most / 2**20:,.2f} MiB in {messages:,} messages from the rank that sent most")
     if found.peak_bytes is not None:
         lines.append(f"{found.peak_bytes / 2**30:.2f} GiB allocated at most, all ranks together")
+    if found.left_out:
+        lines.append(f"left out where ranks share a process: {', '.join(found.left_out)}")
     if found.alone:
         loss, norm = found.difference
         verdict = "agree with" if found.agrees else "DIFFER from"
         lines.append(f"they {verdict} one rank: loss within {loss:.1e}, gradient norm within {norm:.1e} (relative)")
     return "\n".join(lines)
+
+
+def _left_out(config: Config, device: torch.device) -> tuple[str, ...]:
+    asked = {
+        f"zero.stage {config.zero.stage}": config.zero.stage > 0,
+        "train.compile": config.train.compile,
+        "train.activation_offload": config.train.activation_offload,
+        "train.precision bf16 (bf16_autocast here)": resolve_precision(config, device) == "bf16",
+    }
+    return tuple(name for name, is_asked in asked.items() if is_asked)
 
 
 class _Run:

@@ -14,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from hydra_dist.config import Config
 from hydra_dist.config.file import check_world_size
 from hydra_dist.costs.strategy import Choice, resolve
-from hydra_dist.errors import ConfigError
+from hydra_dist.errors import ConfigError, nearest
+
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def choose_device(wanted: str, key: str = "train.device", share_gpu: bool = Fals
     Raises:
         ConfigError: ``cuda`` is not there, or there are fewer GPUs than processes and they may not be shared.
     """
+    if wanted not in DEVICES:
+        raise ConfigError(f"{key}: {wanted}{nearest(wanted, DEVICES)}; {' or '.join(DEVICES)} works")
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise ConfigError(f"{key}: cuda: this machine has no GPU that torch can use; cpu or auto works")
