@@ -34,11 +34,12 @@ SETTINGS: dict[str, Setting] = {
     "slept_ranks": "2,4",
     "slept_hop_seconds": 0.06,
     "share": 0.8,
-    "share_tolerance": 0.05,
+    "aim": 0.86,
     "largest_ratio": 1.1,
     "largest_error": 5e-6,
 }
-"""``share``: a hop's transfer over its compute in the forward pass. ``slept_hop_seconds``: of one hop, forward."""
+"""``share``: the least that a hop's transfer takes of its compute in the forward pass; a slower link is harder to hide.
+``aim``: the share that the links are set for, a little more. ``slept_hop_seconds``: of one hop, forward."""
 
 COLUMNS = ("pass", "transfer of a hop", "pure compute, ms", "ring / pure compute", "quartiles", "waiting at each hop")
 PASSES = ("forward", "forward and backward")
@@ -69,7 +70,7 @@ def run(options: Options) -> Result:
                     "heads": [int(number) for number in str(settings["heads"]).split("/")],
                     "head_dim": int(settings["head_dim"]),
                     "rounds": int(settings["rounds"]),
-                    "share": float(settings["share"]),
+                    "share": float(settings["aim"]),
                     "slept_hop_seconds": float(settings["slept_hop_seconds"]) if kind == "slept" else 0.0,
                 },
                 hosts.places,
@@ -123,7 +124,7 @@ def judge(cases: Sequence[Case], settings: Mapping[str, Setting]) -> Result:
     for case in cases:
         _check(case, error)
         quantities[f"{case.name}, transfer of a hop over its compute"] = case.share
-        if abs(case.share.median - float(settings["share"])) > float(settings["share_tolerance"]):
+        if case.share.median < float(settings["share"]):
             missed.append(f"{case.name}: a hop's transfer takes {case.share.median:.2f} of its compute")
         for which in PASSES:
             name = f"{case.name}: {which}"
