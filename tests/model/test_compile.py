@@ -83,6 +83,25 @@ def test_checkpointing_sends_no_keys_again(model_config):
         assert after["halo"]["messages"] == 2 * before["halo"]["messages"]
 
 
+@pytest.mark.parametrize(("strategy", "ranks"), [("all_gather", (2, 1)), ("hybrid", (2, 2))])
+def test_compiled_layers_over_ranks_train_alike(strategy, ranks, model_config, relative_error):
+    """Plans with other documents, so that the exchange of heads is traced with a handle that changes."""
+    config = model_config(num_layers=1)
+
+    def one_rank(mesh):
+        plain, compiled = models(config)
+        compiled.compile_layers(backend="aot_eager")
+        context = ContextParallel(mesh, strategy)
+        errors = []
+        for begin in (3, 20, 31):
+            seq = plan(context, begin)
+            pairs = zip(step(compiled, seq), step(plain, seq), strict=True)
+            errors += [relative_error(a, b) for a, b in pairs]
+        return max(errors)
+
+    assert max(run_ranks(ranks, one_rank, timeout=300)) < 1e-5
+
+
 def test_a_graph_break_is_an_error(model_config):
     _, model = models(model_config(num_layers=1))
     forward = model.layers[0].mlp.forward
