@@ -24,6 +24,7 @@ CHOICES: Mapping[str, tuple[int, ...]] = {
     "num_warps": (4, 8),
     "num_stages": (1, 2, 3),
     "programs": (1, 2, 3, 4),
+    "dy_bytes": tuple(mib * 2**20 for mib in (12, 24, 48, 2**20)),
 }
 """Values of each field that a tiling may have. More that a kernel cannot take only fail."""
 REPEATS = 10

@@ -2,16 +2,25 @@
 
 Compiled for Ampere, Hopper and Blackwell, of which none has to be there. A variant that spills registers, needs more
 shared or tensor memory than a block of threads may have, or misses the tensor cores it is meant for, breaks the claim.
+Beside it stands, as plain counts, what the backward of the CCGQA prologue moves in ZAYA1's layer on an H200.
 """
+
+import torch
 
 from benchmarks.harness import Options
 from benchmarks.result import Cell, Result, Samples, Setting, Table
+from hydra_dist.kernels import ccgqa_prologue_bytes as account
 from hydra_dist.kernels.ahead_of_time import Compiled, compile_all, kernel_modules
+from hydra_dist.kernels.ccgqa_prologue_rows import Shape
 from hydra_dist.kernels.specialization import CHIPS
 
 NEEDS_GPU = False
 SETTINGS: dict[str, Setting] = {"chips": ",".join(CHIPS), "processes": 2, "routine": False}
 """``routine``: only the variants that every test run compiles."""
+ZAYA, ROWS, HALF = Shape(8, 2, 128, (2, 2), True, 1e-14, True), 32_768, 32
+"""ZAYA1's layer, rows of one rank, rotated pairs of channels of a head."""
+PROCESSORS = 132
+"""Multiprocessors of an H200."""
 
 
 def run(options: Options) -> Result:
@@ -20,7 +29,31 @@ def run(options: Options) -> Result:
     chips = str(settings["chips"]).split(",")
     modules = kernel_modules()
     options.say(f"{len(modules)} kernel files on {', '.join(chips)}")
-    return summarize(compile_all(modules, chips, int(settings["processes"]), bool(settings["routine"])))
+    for line in account_lines():
+        options.say(line)
+    result = summarize(compile_all(modules, chips, int(settings["processes"]), bool(settings["routine"])))
+    return result.model_copy(update={"counts": result.counts | account_counts()})
+
+
+def account_counts() -> dict[str, int]:
+    """Bytes that the prologue's backward moves over the memory bus, and the least that any has to."""
+    what = f"prologue backward, {ROWS:,} rows, bytes"
+    moved = account.memory_bytes(account.of_backward(ZAYA, ROWS, torch.bfloat16, HALF, PROCESSORS))
+    return {f"{what} over the memory bus": moved, f"{what} at least": account.bound(ZAYA, ROWS, 2)}
+
+
+def account_lines() -> list[str]:
+    """The same by kernel and tensor, in bytes a row."""
+    found = account.of_backward(ZAYA, ROWS, torch.bfloat16, HALF, PROCESSORS)
+    lines = [
+        f"{each.kernel}: {each.tensor}: reads {each.read / ROWS:,.0f}, writes {each.written / ROWS:,.0f} bytes a row"
+        + (" (in the L2 cache)" if each.in_cache else "")
+        for each in found
+    ]
+    return [
+        *lines,
+        f"over the memory bus: {account.memory_bytes(found) / account.bound(ZAYA, ROWS, 2):.2f} x the bound",
+    ]
 
 
 def summarize(found: list[Compiled]) -> Result:

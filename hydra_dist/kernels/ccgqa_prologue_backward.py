@@ -1,8 +1,8 @@
 """The backward of the CCGQA prologue in three Triton kernels.
 
-The first takes the gradients of queries and keys back through rotation and norm, the second back through the
-convolutions, the third sums up what their programs leave for the weights, always in the same order: two runs give the
-same bits. The reference, with the formulas, is ``hydra_dist/model/prologue_plain.py``.
+Range by range of the rows, the first takes the gradients of queries and keys back through rotation and norm, the second
+back through the convolutions. The third sums up what their programs leave for the weights, always in the same order:
+two runs give the same bits. The reference, with the formulas, is ``hydra_dist/model/prologue_plain.py``.
 """
 
 from collections.abc import Sequence
@@ -75,11 +75,12 @@ def backward(
     workspace = Workspace(p, z_before, v_before, ages, w0, w1, beta, tuple(chunk_lengths), shape, tiling)
     grad_taps: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None, None, None, None)
     with on_device(p.device):
-        if workspace.norm_tiles:
-            ccgqa_prologue_norm.launch(workspace, (grad_q, grad_k, grad_v), q, k, inv, cos, sin)
+        tensors = ccgqa_prologue_norm.inputs(shape, (grad_q, grad_k, grad_v), q, k, inv, cos, sin)
+        for rows in workspace.ranges:
+            ccgqa_prologue_norm.launch(workspace, tensors, rows)
             if workspace.needs_second:
-                ccgqa_prologue_convolutions.launch(workspace)
-        elif workspace.x_parts is not None:
+                ccgqa_prologue_convolutions.launch(workspace, rows)
+        if workspace.x_parts is not None and not workspace.ranges:
             workspace.x_parts.zero_()
         if b0 is not None:
             grad_taps = ccgqa_prologue_weights.launch(workspace, b0)

@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hydra_dist.kernels.ccgqa_prologue_examples import EXAMPLES, Example
 from hydra_dist.kernels.ccgqa_prologue_heads import head_rows, value_rows
 from hydra_dist.kernels.ccgqa_prologue_rows import (
-    EXAMPLES,
-    Example,
     Shape,
     check,
     chip_of,
@@ -58,19 +57,20 @@ TILINGS = {
     ("sm_90", 2, 16): Tiling(64, 16, 4, 4),
     ("sm_90", 2, 32): Tiling(64, 32, 4, 4),
     ("sm_90", 2, 64): Tiling(64, 64, 4, 3),
-    ("sm_90", 2, 128): Tiling(64, 64, 4, 2),
-    ("sm_90", 2, 256): Tiling(32, 32, 8, 1),
+    ("sm_90", 2, 128): Tiling(64, 32, 4, 2),
+    ("sm_90", 2, 256): Tiling(32, 16, 8, 1),
     ("sm_90", 4, 16): Tiling(32, 16, 4, 4),
     ("sm_90", 4, 32): Tiling(32, 32, 4, 4),
     ("sm_90", 4, 64): Tiling(32, 32, 4, 2),
-    ("sm_90", 4, 128): Tiling(16, 16, 8, 1),
+    ("sm_90", 4, 128): Tiling(16, 16, 8, 1, 64 * 1024),
     ("sm_90", 4, 256): Tiling(16, 16, 16, 1),
     ("sm_80", 2, 64): Tiling(32, 64, 4, 2, 64 * 1024),
-    ("sm_80", 2, 128): Tiling(32, 32, 4, 1, 64 * 1024),
+    ("sm_80", 2, 128): Tiling(32, 32, 8, 1, 64 * 1024),
     ("sm_80", 2, 256): Tiling(32, 32, 8, 1, 64 * 1024),
-    ("sm_80", 4, 128): Tiling(16, 16, 8, 1, 64 * 1024),
     ("sm_100", 2, 128): Tiling(64, 64, 8, 1),
 }
+PADDED_TILINGS = {("sm_90", 2, 128): Tiling(32, 64, 4, 2)}
+"""Instead of these, where a head is narrower than its tile: what says which channels exist takes registers."""
 NUM_STAGES = 1
 
 
@@ -123,7 +123,7 @@ def forward(
     check(p, shape, tuple(chunk_lengths), cos)
     outputs = _outputs(p, shape)
     tensors = (p, z_before, v_before, ages, w0, b0, w1, b1, beta, cos, sin)
-    tiling = tiling or tiling_for(TILINGS, chip_of(p.device), p.dtype, head_dim)
+    tiling = tiling or _tiling(chip_of(p.device), p.dtype, head_dim)
     arguments, grid = _launch(tensors, outputs, chunk_lengths, shape, tiling)
     if p.shape[0] * p.shape[1]:
         with on_device(p.device):
@@ -138,7 +138,7 @@ def specializations() -> list[Specialization]:
 
 def _specialization(example: Example, chip: str) -> Specialization:
     shape, tensors = example.shape, list(example.tensors().values())
-    tiling = tiling_for(TILINGS, chip, example.dtype, shape.head_dim)
+    tiling = _tiling(chip, example.dtype, shape.head_dim)
     assert tensors[0] is not None
     arguments, _ = _launch(tensors, _outputs(tensors[0], shape), example.chunk_lengths, shape, tiling)
     return of_launch(
@@ -149,7 +149,14 @@ def _specialization(example: Example, chip: str) -> Specialization:
         num_stages=NUM_STAGES,
         tensor_cores=example.dtype != torch.float32,
         chips=(chip,),
+        routine=example.routine,
     )
+
+
+def _tiling(chip: str, dtype: torch.dtype, head_dim: int) -> Tiling:
+    width = padded(head_dim)
+    other = PADDED_TILINGS.get((chip, dtype.itemsize, width)) if head_dim < width else None
+    return other or tiling_for(TILINGS, chip, dtype, head_dim)
 
 
 def _outputs(p: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -34,7 +34,9 @@ def head_rows(
                 weights = weights + (_weight(w1, latent_head, delay, block, p, HALF, D, K1, CHANNELS, LANES),)
     tiles_per_batch = tl.cdiv(num_rows, ROWS)
     for tile in range(split, batch_size * tiles_per_batch, num_splits):
-        batch, row, near, chunk, offset, _, exists = locate(tile, tiles_per_batch, num_rows, first_chunk, 0, ROWS)
+        batch, row, near, chunk, offset, _, exists = locate(
+            tile, tiles_per_batch, 0, num_rows, num_rows, first_chunk, 0, ROWS
+        )
         rows = p + batch * p_batch_stride + (row + near) * p_row_stride
         at = batch * num_rows + row + near
         there = exists[:, None] & whole[None, :]
@@ -101,7 +103,7 @@ def _convolved(
 ):  # fmt: skip
     """Both convolutions without the second one's bias, as the two sides of a head's pairs."""
     BEFORE: tl.constexpr = K0 + K1 - 2
-    leads = begins_a_chunk(tile, tl.cdiv(num_rows, ROWS), num_rows, first_chunk, 0, BEFORE, ROWS)
+    leads = begins_a_chunk(tile, tl.cdiv(num_rows, ROWS), 0, num_rows, first_chunk, 0, BEFORE, ROWS)
     age = offset
     if ages is not None:
         age = tl.load(ages + at, mask=exists, other=0).to(tl.int32)
@@ -148,7 +150,9 @@ def value_rows(
     inside = (lanes < D // 2)[None, :]
     tiles_per_batch = tl.cdiv(num_rows, ROWS)
     for tile in range(split, batch_size * tiles_per_batch, num_splits):
-        batch, row, near, chunk, offset, _, exists = locate(tile, tiles_per_batch, num_rows, first_chunk, 0, ROWS)
+        batch, row, near, chunk, offset, _, exists = locate(
+            tile, tiles_per_batch, 0, num_rows, num_rows, first_chunk, 0, ROWS
+        )
         rows = rows_at(p + batch * p_batch_stride, row, near, p_row_stride) + (NUM_QUERY_HEADS + NUM_KEY_HEADS) * D
         token = batch * num_rows + row
         target = rows_at(v, token, near, 2 * HALF_SIZE)[:, None] + channels[None, :]

@@ -80,6 +80,11 @@ def refuses(
         return f"conv_kernel_sizes {tuple(kernel_sizes)} is not two positive numbers"
     if not 1 <= num_chunks <= MAX_CHUNKS:
         return f"the Triton kernels take rows in 1 or {MAX_CHUNKS} runs of consecutive positions, not {num_chunks}"
+    if not INTERPRETED and dtype == torch.float32:
+        # The compiler does not fit the backward of wider heads into registers.
+        largest = 64 if torch.cuda.get_device_capability(device) >= (10, 0) else 128
+        if head_dim > largest:
+            return f"the Triton kernels take fp32 heads up to {largest} on this chip, not {head_dim}"
     return None
 
 
@@ -138,83 +143,38 @@ def tiling_for(
     return table.get((chip, *size)) or table["sm_90", *size]
 
 
-@dataclass(frozen=True)
-class Example:
-    """A layer that the kernels are compiled for ahead of time."""
-
-    dtype: torch.dtype
-    shape: Shape
-    half: int
-    """Rotated pairs of channels of a head."""
-    bare: bool
-    """One chunk, one document, and nothing before it."""
-    chips: tuple[str, ...]
-
-    def __str__(self) -> str:
-        shape, (k0, k1) = self.shape, self.shape.kernel_sizes
-        dtype, heads = str(self.dtype).removeprefix("torch."), f"{shape.num_query_heads}+{shape.num_key_heads}"
-        return f"{dtype} {heads} heads of {shape.head_dim}, taps {k0} {k1}{', bare' if self.bare else ''}"
-
-    @property
-    def chunk_lengths(self) -> tuple[int, ...]:
-        return (32_768,) if self.bare else (16_384, 16_384)
-
-    def tensors(self) -> dict[str, Tensor | None]:
-        """Inputs on the meta device."""
-        shape, num_rows, num_chunks = self.shape, sum(self.chunk_lengths), len(self.chunk_lengths)
-        C, D, (k0, k1) = shape.latent_size, shape.head_dim, shape.kernel_sizes
-
-        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(sizes, dtype=dtype, device="meta")
-
-        return {
-            "p": empty(1, num_rows, C + shape.value_size, dtype=self.dtype),
-            "z_before": None if self.bare else empty(1, num_chunks, k0 + k1 - 2, C, dtype=self.dtype),
-            "v_before": None if self.bare else empty(1, num_chunks, 1, shape.value_size // 2, dtype=self.dtype),
-            "ages": None if self.bare else empty(1, num_rows, dtype=torch.int64),
-            "w0": empty(C, k0),
-            "b0": empty(C),
-            "w1": empty(shape.num_heads, k1 * D, D),
-            "b1": empty(shape.num_heads, D),
-            "beta": empty(shape.num_key_heads),
-            "cos": empty(num_rows, 1, self.half),
-            "sin": empty(num_rows, 1, self.half),
-        }
-
-
-EXAMPLES = tuple(
-    Example(dtype, Shape(*heads, head_dim, taps, True, 1e-14, True), half, bare, chips)
-    for dtype, heads, head_dim, taps, half, bare, chips in (
-        (torch.bfloat16, (8, 2), 128, (2, 2), 32, False, tuple(CHIPS)),  # ZAYA1's layer
-        (torch.bfloat16, (4, 4), 128, (4, 3), 16, True, ("sm_90",)),
-        (torch.float16, (8, 2), 64, (2, 2), 16, False, ("sm_90",)),
-        (torch.float32, (4, 2), 64, (2, 2), 16, True, ("sm_90",)),
-    )
-)
-"""What the launchers come to that is worth compiling ahead of time."""
-
-
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @triton.jit
-def locate(tile, tiles_per_batch, num_rows, first_chunk, BEFORE: tl.constexpr, ROWS: tl.constexpr):
+def locate(tile, tiles_per_batch, start, stop, num_rows, first_chunk, BEFORE: tl.constexpr, ROWS: tl.constexpr):
     """Where the rows of a tile stand; ``BEFORE`` rows in front of each chunk count as rows.
+
+    Tiles begin at row ``start`` of each batch row, and rows from ``stop`` on do not exist (both counted with the rows
+    in front).
 
     Returns the batch row, a local row (both one number of 64 bits), the tile's local rows counted from that one (32
     bits), each row's chunk, its offset in it (negative for rows before it), the chunk's rows, and which rows exist.
     """
     batch = (tile // tiles_per_batch).to(tl.int64)
-    first = (tile % tiles_per_batch) * ROWS
+    first = start + (tile % tiles_per_batch) * ROWS
     index = first + tl.arange(0, ROWS)
     second = index >= first_chunk + BEFORE
     offset = tl.where(second, index - first_chunk - BEFORE, index) - BEFORE
     length = tl.where(second, num_rows - first_chunk, first_chunk)
     near = tl.where(second, first_chunk, 0) + offset - first
-    exists = index < num_rows + BEFORE * tl.where(first_chunk < num_rows, 2, 1)
+    exists = index < stop
     return batch, first.to(tl.int64), near, second.to(tl.int32), offset, length, exists
+
+
+@triton.jit
+def index_of(row, num_rows, first_chunk, BEFORE: tl.constexpr):
+    """Local row ``row`` counted with the ``BEFORE`` rows in front of each chunk; 0 and ``num_rows`` are the ends."""
+    chunks = tl.where(first_chunk < num_rows, 2, 1)
+    inner = row + BEFORE * tl.where(row < first_chunk, 1, 2)
+    return tl.where(row == 0, 0, tl.where(row == num_rows, num_rows + BEFORE * chunks, inner))
 
 
 @triton.jit
@@ -232,11 +192,11 @@ def row_before(z_before, batch, chunk, offset, num_rows, first_chunk, BEFORE: tl
 
 @triton.jit
 def begins_a_chunk(
-    tile, tiles_per_batch, num_rows, first_chunk, BEFORE: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr
+    tile, tiles_per_batch, start, num_rows, first_chunk, BEFORE: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Whether a tile (of ``locate``, with the same BEFORE) has rows among the first ``FIRST`` of a chunk: one number,
-    by which all but a few tiles skip what only those rows need."""
-    index = (tile % tiles_per_batch) * ROWS
+    """Whether a tile (of ``locate``, with the same start and BEFORE) has rows among the first ``FIRST`` of a chunk: one
+    number, by which all but a few tiles skip what only those rows need."""
+    index = start + (tile % tiles_per_batch) * ROWS
     second = first_chunk + BEFORE
     return (index < FIRST) | ((first_chunk < num_rows) & (index < second + FIRST) & (index + ROWS > second))
 

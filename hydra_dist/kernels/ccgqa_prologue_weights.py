@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hydra_dist.kernels.ccgqa_prologue_rows import EXAMPLES, Example, padded, transposed_tap
+from hydra_dist.kernels.ccgqa_prologue_examples import EXAMPLES, Example
+from hydra_dist.kernels.ccgqa_prologue_rows import padded, transposed_tap
 from hydra_dist.kernels.ccgqa_prologue_workspace import Workspace, example_workspace
 from hydra_dist.kernels.specialization import Specialization, of_launch
 
@@ -46,6 +47,7 @@ def _specialization(example: Example, chip: str) -> Specialization:
         num_stages=1,
         tensor_cores=False,
         chips=(chip,),
+        routine=example.routine,
     )
 
 

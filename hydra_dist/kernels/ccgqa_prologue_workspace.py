@@ -7,7 +7,9 @@ import torch
 import triton
 from torch import Tensor
 
-from hydra_dist.kernels.ccgqa_prologue_rows import Example, Shape, chip_of, deal, num_processors, tiling_for
+from hydra_dist.kernels.ccgqa_prologue_examples import Example
+from hydra_dist.kernels.ccgqa_prologue_ranges import RowRange, cut
+from hydra_dist.kernels.ccgqa_prologue_rows import Shape, chip_of, deal, num_processors, tiling_for
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Tiling:
     num_stages: int
     programs: int
     """That a multiprocessor then runs at a time."""
+    tight_rows: int | None = None
+    """``rows`` where registers are short: with rows before the chunks, or more than 3 taps. None: as many."""
+    dy_bytes: int = 24 * 2**20
+    """Of the gradients behind the norm that are kept at a time, about half of the L2 cache."""
 
 
 TILINGS = {
@@ -32,7 +38,7 @@ TILINGS = {
     ("sm_90", 2, 16): Tiling(64, 64, 16, 4, 1, 4),
     ("sm_90", 2, 32): Tiling(64, 64, 32, 4, 1, 4),
     ("sm_90", 2, 64): Tiling(64, 64, 32, 4, 2, 2),
-    ("sm_90", 2, 128): Tiling(32, 64, 64, 8, 2, 1),
+    ("sm_90", 2, 128): Tiling(32, 64, 64, 8, 2, 1, tight_rows=32),
     ("sm_90", 2, 256): Tiling(16, 32, 16, 8, 1, 1),
     ("sm_90", 4, 16): Tiling(64, 16, 16, 4, 1, 4),
     ("sm_90", 4, 32): Tiling(64, 16, 16, 4, 1, 4),
@@ -69,7 +75,11 @@ class Workspace:
             tiling = tiling_for(TILINGS, chip_of(p.device), p.dtype, shape.head_dim)
         self.chunk_lengths, self.shape, self.tiling = chunk_lengths, shape, tiling
         self.needs_second = w1 is not None or shape.use_qk_mean
-        self.norm_tiles = p.shape[0] * triton.cdiv(p.shape[1], tiling.norm_rows)
+        self.ranges = self._ranges()
+        largest = max(self.ranges, key=lambda rows: rows.batch_size * (rows.stop - rows.first), default=None)
+        self.dy_rows = 0 if largest is None else min(largest.stop - largest.first + self.num_after, p.shape[1])
+        dy_batch = 0 if largest is None else largest.batch_size
+        self.norm_tiles = dy_batch * triton.cdiv(self.dy_rows, tiling.norm_rows)
         heads, D, (k0, k1) = shape.num_heads, shape.head_dim, shape.kernel_sizes
         self.grad_p = p.new_empty(p.shape)
         self.grad_z_before = (
@@ -78,8 +88,8 @@ class Workspace:
         self.grad_v_before = (
             None if v_before is None else torch.zeros_like(v_before, memory_format=torch.contiguous_format)
         )
-        self.dy = p.new_empty(*p.shape[:2], shape.latent_size) if self.needs_second else self.grad_p
-        self.splits = self._splits()
+        self.dy = p.new_empty(dy_batch, self.dy_rows, shape.latent_size) if self.needs_second else self.grad_p
+        self.splits = self._splits(dy_batch)
         self.num_parts = shape.num_query_heads * self.splits[0] + shape.num_key_heads * self.splits[1]
         has_taps, has_beta = w1 is not None, beta is not None and shape.eps is not None
         self.b1_parts = self.empty(self.norm_tiles, heads, D) if has_taps else None
@@ -89,6 +99,12 @@ class Workspace:
     def empty(self, *sizes: int) -> Tensor:
         """In fp32."""
         return torch.empty(*sizes, dtype=torch.float32, device=self.p.device)
+
+    @property
+    def rows(self) -> int:
+        """Of a tile of the second kernel."""
+        tight = self.z_before is not None or sum(self.shape.kernel_sizes) - 1 > 3
+        return (tight and self.tiling.tight_rows) or self.tiling.rows
 
     @property
     def channels(self) -> int:
@@ -106,12 +122,25 @@ class Workspace:
         """Programs that a head's channels are divided among."""
         return triton.cdiv(self.shape.head_dim, self.channels)
 
-    def _splits(self) -> tuple[int, ...]:
-        """How many programs share the rows of a block of a query head, and of a key head."""
+    @property
+    def num_after(self) -> int:
+        """Rows of dy behind a range that its convolutions read."""
+        return sum(self.shape.kernel_sizes) - 2
+
+    def _ranges(self) -> tuple[RowRange, ...]:
+        batch_size, num_rows = self.p.shape[:2]
+        if not batch_size * num_rows:
+            return ()
+        tiling, row_bytes = self.tiling, self.shape.latent_size * self.p.element_size()
+        limit = tiling.dy_bytes if self.needs_second else batch_size * num_rows * row_bytes
+        return cut(batch_size, num_rows, row_bytes, limit, max(16, tiling.norm_rows, tiling.rows))
+
+    def _splits(self, batch_size: int) -> tuple[int, ...]:
+        """How many programs share a range's rows of a block of a query head, and of a key head."""
         shape, tiling = self.shape, self.tiling
         taps = sum(shape.kernel_sizes) - 1
         rows_before = 0 if self.z_before is None else taps - 1
-        rows = self.p.shape[1] + len(self.chunk_lengths) * rows_before
+        rows = self.dy_rows + len(self.chunk_lengths) * rows_before
         # Work in tiles of the block's channels: a tap of dy is as wide as the head.
         work = 2 + taps * self.blocks
         mean = 1 if shape.use_qk_mean else 0
@@ -120,8 +149,19 @@ class Workspace:
             (shape.num_query_heads * self.blocks, work + 2 * mean),
             (shape.num_key_heads * self.blocks, work + (1 + group) * mean),
         )
-        tiles = self.p.shape[0] * triton.cdiv(rows, tiling.rows)
+        tiles = batch_size * triton.cdiv(rows, self.rows)
         return deal(max(1, tiles), num_processors(self.p.device) * tiling.programs, columns)
+
+    def rows_of(self, rows: RowRange) -> dict[str, Any]:
+        """Arguments that say to the first two kernels which rows they take."""
+        return {
+            "num_rows": self.p.shape[1],
+            "first_chunk": self.chunk_lengths[0],
+            "first_row": rows.first,
+            "stop_row": rows.stop,
+            "dy_rows": self.dy.shape[1],
+            "adds": rows.adds,
+        }
 
     def heads_and_taps(self) -> dict[str, int]:
         """Arguments that two of the kernels have in common."""

@@ -10,6 +10,7 @@ from hydra_dist.kernels import (
     ccgqa_prologue_backward,
     ccgqa_prologue_convolutions,
     ccgqa_prologue_forward,
+    ccgqa_prologue_norm,
     ccgqa_prologue_workspace,
 )
 from hydra_dist.model import prologue_plain
@@ -18,7 +19,9 @@ from hydra_dist.model.prologue_plain import Switches, Taps
 GRADIENTS = ("p", "z_before", "v_before", "w0", "b0", "w1", "b1", "beta")
 SMALL = (
     ccgqa_prologue_forward.Tiling(rows=16, channels=16, num_warps=4, programs=1),
-    ccgqa_prologue_workspace.Tiling(norm_rows=16, rows=16, channels=16, num_warps=4, num_stages=1, programs=1),
+    ccgqa_prologue_workspace.Tiling(
+        norm_rows=16, rows=16, channels=16, num_warps=4, num_stages=1, programs=1, dy_bytes=1
+    ),
 )
 
 
@@ -263,7 +266,7 @@ def test_nothing_is_left_unwritten_and_that_would_be_seen(device, monkeypatch):
     _, grads, _ = expected(case, x)
     outputs, results = kernels(case, x, grads, device=device)
     assert all(torch.isfinite(value).all() for value in [*outputs, *results])
-    monkeypatch.setattr(ccgqa_prologue_convolutions, "launch", lambda workspace: None)
+    monkeypatch.setattr(ccgqa_prologue_convolutions, "launch", lambda workspace, rows: None)
     _, results = kernels(case, x, grads, device=device)
     assert not any(torch.isfinite(results[GRADIENTS.index(name)]).all() for name in ("p", "w0", "w1"))
 
@@ -326,6 +329,42 @@ def test_two_runs_give_the_same_bits_and_other_tiles_the_same_numbers(device):
     third = kernels(case, x, grads, tilings=(None, None), device=device)
     for a, b in zip(first[0] + first[1], third[0] + third[1], strict=True):
         assert difference(a, b) < 1e-5
+
+
+def wrong_gradients(case: Case, device) -> list[str]:
+    """Which gradients are off."""
+    x = case.inputs()
+    _, grads, results = expected(case, x)
+    _, ours = kernels(case, x, grads, device=device)
+    return [name for name, a, b in zip(GRADIENTS, ours, results, strict=True) if difference(a, b) > 1e-2]
+
+
+def test_what_a_range_leaves_for_the_next_and_reads_behind_itself_is_seen(device, monkeypatch):
+    case = Case(chunks=(40,))
+    assert wrong_gradients(case, device) == []
+    with monkeypatch.context() as patch:
+        cut = ccgqa_prologue_workspace.cut
+        patch.setattr(
+            ccgqa_prologue_workspace, "cut", lambda *sizes: tuple(replace(rows, adds=False) for rows in cut(*sizes))
+        )
+        assert wrong_gradients(case, device) == ["w0", "b0", "w1", "b1", "beta"]
+    launch = ccgqa_prologue_norm.launch
+
+    def spoil_what_is_behind(workspace, tensors, rows):
+        launch(workspace, tensors, rows)
+        workspace.dy[:, rows.stop - rows.first :] = torch.nan
+
+    monkeypatch.setattr(ccgqa_prologue_norm, "launch", spoil_what_is_behind)
+    assert "p" in wrong_gradients(case, device)
+
+
+def test_a_range_of_several_batch_rows(device):
+    case = CASES["three batch rows"]
+    x = case.inputs()
+    _, grads, results = expected(case, x)
+    two_of_three = replace(SMALL[1], dy_bytes=2 * 17 * 32 * 4)
+    _, ours = kernels(case, x, grads, tilings=(SMALL[0], two_of_three), device=device)
+    assert all(difference(a, b) < 1e-5 for a, b in zip(ours, results, strict=True))
 
 
 def test_no_rows_at_all(device):
