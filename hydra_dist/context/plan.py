@@ -59,6 +59,7 @@ class SequencePlan:
         self.document_starts: Tensor | None = None
         self.ages: Tensor | None = None
         self._documents = documents
+        self._known_inside: dict[tuple[int, torch.device], Tensor | None] = {}
         if document_starts is not None:
             self.document_starts = sharding.shard(document_starts, 1, geometry).to(device)
             self.ages = (self.positions - self.document_starts).to(torch.int32)
@@ -201,6 +202,11 @@ class SequencePlan:
 
     def _inside(self, rows: int, device: torch.device) -> Tensor | None:
         """[B, chunks, rows] bool: the slots that lie in the document of the chunk's first row."""
+        if (rows, device) not in self._known_inside:
+            self._known_inside[rows, device] = self._find_inside(rows, device)
+        return self._known_inside[rows, device]
+
+    def _find_inside(self, rows: int, device: torch.device) -> Tensor | None:
         if self._documents is None or self.document_starts is None:
             return None
         first_rows = torch.tensor([0, *self.chunk_lengths[:-1]], device=self.document_starts.device).cumsum(0)

@@ -8,6 +8,7 @@ chunk only, and while they go home, everything else.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def prologue_over_ranks(
 class _Edges:
     """The first rows of each chunk, which read rows before it."""
 
-    def __init__(self, chunk_lengths: Sequence[int], num_rows: int, device: torch.device) -> None:
+    def __init__(self, chunk_lengths: tuple[int, ...], num_rows: int, device: torch.device) -> None:
         starts = [sum(chunk_lengths[:index]) for index in range(len(chunk_lengths))]
         self.lengths = [min(length, num_rows) for length in chunk_lengths]
         rows = [row for start, length in zip(starts, self.lengths, strict=True) for row in range(start, start + length)]
@@ -56,6 +57,10 @@ class _Edges:
 
     def of(self, x: Tensor | None, dim: int) -> Tensor | None:
         return None if x is None or x.numel() == 0 else x.index_select(dim, self.rows)
+
+
+# Making the index of their rows waits for a GPU, and every layer asks for the same.
+_edges = lru_cache(maxsize=64)(_Edges)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def _prologue_over_ranks(
     q, k, v, inv = compute(p, None, None, ages, *weights, cosines, sines, chunk_lengths, *plain)
     came = {halo.name: rows for halo, rows in zip(wanted, finish(), strict=True)}
     z_before, v_before = came.get("z_before"), came.get("v_before")
-    edges = _Edges(chunk_lengths, max(halo.number for halo in wanted), p.device)
+    edges = _edges(tuple(chunk_lengths), max(halo.number for halo in wanted), p.device)
     found = compute(
         edges.of(p, 1),
         z_before,
@@ -183,7 +188,7 @@ def _prologue_over_ranks_backward(
     exchange = halo_exchange(handle, [halo.number for halo in wanted], p.device)
     halos = tuple(x if x.numel() else None for x in (z_before, v_before))
     weights = (w0, b0, w1, b1, beta)
-    edges = _Edges(chunk_lengths, max(halo.number for halo in wanted), p.device)
+    edges = _edges(tuple(chunk_lengths), max(halo.number for halo in wanted), p.device)
     of_edges = compute(
         *(edges.of(x, 1) for x in (grad_q, grad_k, grad_v, q, k)),
         inv if eps is None else edges.of(inv, 1),
