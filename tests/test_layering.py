@@ -19,12 +19,13 @@ BELOW = {
     "attention": {"kernels"},
     "kernels": set(),
     "data": set(),
+    "memory": set(),
     "costs": set(),
     "config": set(),
     "errors": set(),
 }
 """What each part may import, beside the ground that all stand on."""
-WITHOUT_TORCH = ("config", "errors", "costs")
+WITHOUT_TORCH = ("config", "errors", "costs", "memory")
 
 
 def part_of(path: Path) -> str:

@@ -8,12 +8,22 @@ import torch
 import torch.distributed as dist
 
 from hydra_dist.context import ContextParallel
+from hydra_dist.costs.strategy import Candidate, Choice
 from hydra_dist.data import Dataset, Sampler
 from hydra_dist.train.evaluate import bin_edges, evaluate
 from hydra_dist.train.mesh import Mesh
 
 LENGTH = 100
-ALONE = Mesh(torch.device("cpu"), rank=0, world_size=1, data_rank=0, data_size=1, context_size=1, context=None)
+ALONE = Mesh(
+    torch.device("cpu"),
+    rank=0,
+    world_size=1,
+    data_rank=0,
+    data_size=1,
+    context_size=1,
+    context=None,
+    choice=Choice(Candidate("ring", 1, 1, None, 0.0, 0.0), (), "one rank"),
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""How much memory a training run takes, answered by arithmetic before a GPU is taken. Imports no torch."""

@@ -1,0 +1,140 @@
+"""Estimates against published measurements: how far off, row by row, and over all rows.
+
+A row is one run of one configuration on one kind of GPU, with the bytes its authors recorded. Rows and the reasons for
+those left out are in ``cases``. A slope is the difference between two rows that isolates one component: what both rows
+share, estimated or not, is gone from it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hydra_dist.memory.megatron import estimate_stages
+from hydra_dist.memory.megatron_arguments import read_arguments
+from hydra_dist.memory.result import RankMemory
+
+CASES = Path(__file__).parent / "cases"
+MEASURES = ("steady", "first_peak", "peak")
+OVERRIDES = ("attention", "cublas_workspace", "cross_entropy")
+"""Settings that a row may name because the options leave them to the libraries of its time."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published measurement and its estimate."""
+
+    name: str
+    measured: Mapping[str, int]
+    """Bytes allocated, by measure: between steps, the first step's peak, the peak."""
+    estimate: RankMemory
+
+    def error(self, measure: str = "peak") -> float:
+        """Estimated over measured, less 1."""
+        return getattr(self.estimate, measure) / self.measured[measure] - 1
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The difference between two measurements that isolates one component."""
+
+    name: str
+    measured: int
+    estimated: int
+
+    @property
+    def error(self) -> float:
+        return self.estimated / self.measured - 1
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of the absolute errors of all rows that have the measure."""
+
+    measure: str
+    rows: int
+    median: float
+    ninetieth: float
+    worst: tuple[Row, ...]
+    """Furthest off first."""
+
+
+def load_rows(name: str = "megatron_gpt") -> tuple[Row, ...]:
+    """Rows of one file of published measurements, each with its estimate."""
+    document = json.loads((CASES / f"{name}.json").read_text(encoding="utf-8"))
+    last = document["rank"] == "last"
+    return tuple(
+        Row(
+            name=row["name"],
+            measured={measure: row[measure] for measure in MEASURES if measure in row},
+            estimate=_estimate(configuration["arguments"], row, last),
+        )
+        for configuration in document["configurations"]
+        for row in configuration["rows"]
+    )
+
+
+def _estimate(arguments: Mapping[str, Any], row: Mapping[str, Any], last: bool) -> RankMemory:
+    overrides = {name: row[name] for name in OVERRIDES if name in row}
+    stages = estimate_stages(*read_arguments(arguments, row["gpus"], row["gpu"], **overrides))
+    return stages[-1] if last else max(stages, key=lambda stage: stage.peak)
+
+
+def summarize(rows: Iterable[Row], measure: str = "peak", worst: int = 10) -> Summary:
+    """Median, 90th percentile (nearest rank) and the rows that are furthest off."""
+    ordered = sorted((row for row in rows if measure in row.measured), key=lambda row: abs(row.error(measure)))
+    if not ordered:
+        raise ValueError(f"no row has {measure}")
+    errors = [abs(row.error(measure)) for row in ordered]
+    return Summary(
+        measure=measure,
+        rows=len(ordered),
+        median=median(errors),
+        ninetieth=errors[-(-9 * len(errors) // 10) - 1],
+        worst=tuple(reversed(ordered[-worst:])),
+    )
+
+
+def load_slopes(rows: Iterable[Row], name: str = "megatron_slopes") -> tuple[Slope, ...]:
+    """Differences that a file names, over ``rows``."""
+    by_name = {row.name: row for row in rows}
+    document = json.loads((CASES / f"{name}.json").read_text(encoding="utf-8"))
+    return tuple(
+        _slope(entry["what"], by_name[entry["less"]], by_name[entry["more"]], entry.get("measure", "peak"))
+        for entry in document["slopes"]
+    )
+
+
+def _slope(what: str, less: Row, more: Row, measure: str) -> Slope:
+    estimated = getattr(more.estimate, measure) - getattr(less.estimate, measure)
+    return Slope(what, more.measured[measure] - less.measured[measure], estimated)
+
+
+def growth_slopes(rows: Iterable[Row]) -> tuple[Slope, ...]:
+    """What the second step adds to the first one's peak, where the first step's end does not hide a part of it."""
+    whole = [
+        row
+        for row in rows
+        if {"first_peak", "peak"} <= row.measured.keys()
+        and row.estimate.first_peak == row.estimate.peak - row.estimate.late
+        and row.measured["peak"] > row.measured["first_peak"]
+    ]
+    return tuple(Slope(row.name, row.measured["peak"] - row.measured["first_peak"], row.estimate.late) for row in whole)
+
+
+def table(summary: Summary) -> str:
+    """One line for all rows and one for each of the worst, as text."""
+    lines = [
+        f"{summary.measure}, allocated: {summary.rows} rows, median error {summary.median:.2%}, "
+        f"90th percentile {summary.ninetieth:.2%}"
+    ]
+    for row in summary.worst:
+        measured, estimated = row.measured[summary.measure], getattr(row.estimate, summary.measure)
+        lines.append(
+            f"{row.error(summary.measure):+8.2%}  {measured / GIB:7.3f} GiB measured  {estimated / GIB:7.3f} GiB "
+            f"estimated  {row.estimate.limiting.name:8}  {row.name}"
+        )
+    return "\n".join(lines)
