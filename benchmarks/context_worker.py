@@ -1,5 +1,6 @@
 """One rank of ``context_speed``: makes the candidates, compares each with one device, and times them in turns."""
 
+import random
 import time
 from collections.abc import Callable, Sequence
 
@@ -70,14 +71,15 @@ def _worst(by_rank: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def in_turns(candidates: Sequence[Candidate], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """(seconds, processor seconds) of each round, times the candidate's share; A B C, C B A, ...
+    """(seconds, processor seconds) of each round, times the candidate's share; in another order each round, the same on
+    all ranks, because what runs before leaves its mark on caches and memory.
 
     A round's seconds end when the slowest rank is done. Its processor seconds are the mean of the ranks', with what
     their transports' threads took: without waiting, and hardly changed by others who use the machine.
     """
     taken: dict[str, list[tuple[float, float]]] = {candidate.name: [] for candidate in candidates}
     for turn in range(rounds):
-        for candidate in candidates if turn % 2 == 0 else reversed(candidates):
+        for candidate in random.Random(turn).sample(candidates, len(candidates)):
             dist.barrier()
             worked, started = time.process_time(), time.perf_counter()
             candidate.step()
