@@ -1,8 +1,8 @@
 """What an estimate answers: bytes on one GPU, by component, between steps and in each phase of a step.
 
-The bytes are those of live tensors (torch's ``memory_allocated``): neither the allocator's unused segments (reserved)
-nor the CUDA context and the communication library (device) are in them. Peaks are of phases, never sums of everything:
-what one phase frees the next may use.
+Three metrics are kept apart: allocated is live tensors (torch's ``memory_allocated``), reserved what the allocator has
+taken for them, device all that the driver counts, with the CUDA context and the communication library. Peaks are of
+phases, never sums of everything: what one phase frees the next may use.
 """
 
 from collections.abc import Mapping
@@ -58,3 +58,35 @@ class RankMemory:
     @property
     def _kept(self) -> int:
         return sum(self.kept.values())
+
+
+@dataclass(frozen=True)
+class NodeMemory:
+    """One GPU's memory by all three metrics, and what the host it stands in holds."""
+
+    rank: RankMemory
+    """Allocated."""
+    reserved: int
+    """The most that the allocator has taken from the GPU, bytes."""
+    outside: Mapping[str, int]
+    """On the GPU beside the allocator: bytes by component."""
+    host: Mapping[str, int]
+    """In the memory of one node, for all its ranks: bytes by component."""
+
+    @property
+    def allocated(self) -> int:
+        return self.rank.peak
+
+    @property
+    def limiting(self) -> Phase:
+        """The phase that needs the most."""
+        return self.rank.limiting
+
+    @property
+    def device(self) -> int:
+        """As NVML and nvidia-smi count, bytes."""
+        return self.reserved + sum(self.outside.values())
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())

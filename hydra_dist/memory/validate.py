@@ -12,12 +12,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from hydra_dist.memory.deepspeed_hf import Limit, Longest, estimate_deepspeed, limit_of, solve_longest
+from hydra_dist.memory.deepspeed_hf_settings import GPU_BYTES, DeepSpeedSettings
 from hydra_dist.memory.megatron import estimate_stages
 from hydra_dist.memory.megatron_arguments import read_arguments
-from hydra_dist.memory.result import RankMemory
+from hydra_dist.memory.result import NodeMemory, RankMemory
+from hydra_dist.memory.shapes import DenseDecoder
 
 CASES = Path(__file__).parent / "cases"
 MEASURES = ("steady", "first_peak", "peak")
+METRICS = ("allocated", "reserved", "device")
+"""Measures of rows of DeepSpeed, each compared with its own."""
 OVERRIDES = ("attention", "cublas_workspace", "cross_entropy")
 """Settings that a row may name because the options leave them to the libraries of its time."""
 GIB = 2**30
@@ -29,8 +34,8 @@ class Row:
 
     name: str
     measured: Mapping[str, int]
-    """Bytes allocated, by measure: between steps, the first step's peak, the peak."""
-    estimate: RankMemory
+    """Bytes, by measure: allocated between steps, in the first step and at the peak; or peaks by metric."""
+    estimate: RankMemory | NodeMemory
 
     def error(self, measure: str = "peak") -> float:
         """Estimated over measured, less 1."""
@@ -83,6 +88,78 @@ def _estimate(arguments: Mapping[str, Any], row: Mapping[str, Any], last: bool) 
     return stages[-1] if last else max(stages, key=lambda stage: stage.peak)
 
 
+@dataclass(frozen=True)
+class Bound:
+    """The longest sequence that others ran, and the longest that is estimated to fit."""
+
+    name: str
+    published: int
+    """Tokens."""
+    tight: bool
+    """The source says that more does not fit; otherwise it says that this much ran."""
+    limit: Limit | None
+    """What the source says was short."""
+    solved: Longest
+
+    @property
+    def error(self) -> float:
+        return self.solved.sequence_length / self.published - 1
+
+
+def load_deepspeed(name: str = "deepspeed_hf") -> tuple[Row, ...]:
+    """Measured memory of DeepSpeed's runs, with estimates."""
+    document = _document(name)
+    return tuple(
+        Row(
+            name=row["name"],
+            measured={metric: row[metric] for metric in METRICS if metric in row},
+            estimate=estimate_deepspeed(_model(document, row), DeepSpeedSettings(**row["settings"])),
+        )
+        for row in document["rows"]
+    )
+
+
+def load_bounds(name: str = "deepspeed_hf") -> tuple[Bound, ...]:
+    """Published longest sequences, with those that the estimate finds."""
+    document = _document(name)
+    return tuple(
+        Bound(
+            name=row["name"],
+            published=row["sequence_length"],
+            tight=row["tight"],
+            limit=row.get("limit"),
+            solved=solve_longest(
+                _model(document, row),
+                DeepSpeedSettings(sequence_length=1, **row["settings"]),
+                GPU_BYTES[row["gpu"]],
+                document["host"],
+            ),
+        )
+        for row in document["longest"]
+    )
+
+
+def load_failures(name: str = "deepspeed_hf") -> dict[str, tuple[Limit, Limit | None]]:
+    """Of runs that did not fit: what the source says was short, and what the estimate says."""
+    document = _document(name)
+    found = {}
+    for row in document["fails"]:
+        model, settings = _model(document, row), DeepSpeedSettings(**row["settings"])
+        memory = estimate_deepspeed(model, settings)
+        short = limit_of(memory, settings, model, GPU_BYTES[row["gpu"]], document["host"])
+        found[row["name"]] = (row["limit"], short)
+    return found
+
+
+def _document(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((CASES / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def _model(document: Mapping[str, Any], row: Mapping[str, Any]) -> DenseDecoder:
+    return DenseDecoder(**document["models"][row["model"]])
+
+
 def summarize(rows: Iterable[Row], measure: str = "peak", worst: int = 10) -> Summary:
     """Median, 90th percentile (nearest rank) and the rows that are furthest off."""
     ordered = sorted((row for row in rows if measure in row.measured), key=lambda row: abs(row.error(measure)))
@@ -115,21 +192,21 @@ def _slope(what: str, less: Row, more: Row, measure: str) -> Slope:
 
 def growth_slopes(rows: Iterable[Row]) -> tuple[Slope, ...]:
     """What the second step adds to the first one's peak, where the first step's end does not hide a part of it."""
-    whole = [
-        row
+    return tuple(
+        Slope(row.name, row.measured["peak"] - row.measured["first_peak"], row.estimate.late)
         for row in rows
         if {"first_peak", "peak"} <= row.measured.keys()
+        and isinstance(row.estimate, RankMemory)
         and row.estimate.first_peak == row.estimate.peak - row.estimate.late
         and row.measured["peak"] > row.measured["first_peak"]
-    ]
-    return tuple(Slope(row.name, row.measured["peak"] - row.measured["first_peak"], row.estimate.late) for row in whole)
+    )
 
 
 def table(summary: Summary) -> str:
     """One line for all rows and one for each of the worst, as text."""
+    metric = summary.measure + (", allocated" if summary.measure in MEASURES else "")
     lines = [
-        f"{summary.measure}, allocated: {summary.rows} rows, median error {summary.median:.2%}, "
-        f"90th percentile {summary.ninetieth:.2%}"
+        f"{metric}: {summary.rows} rows, median error {summary.median:.2%}, 90th percentile {summary.ninetieth:.2%}"
     ]
     for row in summary.worst:
         measured, estimated = row.measured[summary.measure], getattr(row.estimate, summary.measure)
