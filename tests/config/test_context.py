@@ -36,7 +36,8 @@ def build(model=(), length=4096, **context):
     ids=str,
 )
 def test_what_goes_together(context):
-    build(**context)
+    found = build(**context).context
+    assert {key: getattr(found, key) for key in context} == context
 
 
 @pytest.mark.parametrize(

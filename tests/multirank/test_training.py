@@ -75,6 +75,20 @@ def test_ranks_and_zero_stages_change_no_number(torchrun, settings, reference, t
     assert largest_difference(other, reference, "loss") > 1e-3, "the comparison cannot tell runs apart"
 
 
+@pytest.mark.timeout(600)
+def test_strategies_change_no_number(torchrun, settings, reference, tmp_path):
+    for ranks, stage, context in (
+        (4, 2, {"strategy": "hybrid", "ulysses_size": 2}),
+        (2, 3, {"strategy": "ulysses", "layout": "contiguous"}),
+        (2, 1, {"strategy": "all_gather", "layout": "balanced"}),
+    ):
+        changes = {f"context__{key}": value for key, value in context.items()}
+        path = tmp_path / f"{context['strategy']}.yaml"
+        records = trained(torchrun, write(settings, path, context__size=ranks, zero__stage=stage, **changes), ranks)
+        for key in ("loss", "grad_norm"):
+            assert largest_difference(records, reference, key) < 1e-5, (context, stage, key)
+
+
 def test_micro_batches_change_no_number(torchrun, settings, reference, tmp_path):
     config = write(settings, tmp_path / "micro.yaml", train__micro_batch_size=1, train__gradient_accumulation_steps=2)
     records = trained(torchrun, config, 1)
