@@ -26,9 +26,9 @@ from hydra_dist.context.geometry import RingSchedule
 from hydra_dist.context.rotation import Followers, Visitors
 from hydra_dist.context.transport import Transport
 from hydra_dist.context.travelling import Keys, KeysAround, Local, QueriesAround
+from hydra_dist.costs.halves import halves
 from hydra_dist.costs.needs import Side
 from hydra_dist.costs.rotation import Heads, cheaper_backward
-from hydra_dist.costs.tiles import halves
 
 ScheduleOf = Callable[[bool, int | None, Side], RingSchedule]
 """(causal, window, what goes around) -> the schedule of this rank."""
